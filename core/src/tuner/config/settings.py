@@ -1,0 +1,183 @@
+"""The core's own keys: everything that belongs to no plugin."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from tuner.config.options import Options, option, unsupported
+
+LATER = "not part of this version"
+
+
+class ModelSettings(Options):
+    """Which model is trained, and how."""
+
+    title: ClassVar[str] = "Model"
+
+    model_family: str = option("", help="Which family of models to train, by the name that `tuner plugins` lists.", aliases=("family",))
+    model_flavour: str = option("", help="Which published checkpoint of the family; the family's default when empty.")
+    model_type: Literal["lora", "full"] = option("lora", help="Train low-rank adapters, or every weight.")
+    pretrained_model_name_or_path: str = option(
+        "", help="Hub repository, folder or single .safetensors file; the flavour's own repository when empty."
+    )
+    revision: str = option("", help="Commit, tag or branch of the hub repository; resolved to a commit and recorded.")
+    text_encoder_path: str = option(
+        "", help="Hub repository or folder of the text encoder, where the checkpoint does not bring one.",
+        aliases=("pretrained_text_encoder_model_name_or_path",),
+    )
+    mixed_precision: Literal["no", "bf16"] = option("bf16", help="What frozen weights are held and computed in: bf16, or fp32 for `no`.")
+    gradient_checkpointing: bool = option(True, help="Recompute blocks in backward instead of keeping their activations.")
+    gradient_checkpointing_interval: int = option(
+        1, ge=1, help="Keep the activations of every k-th block: 1 recomputes all, 2 every other one.", unit="blocks"
+    )
+    base_model_precision: str = unsupported(
+        help="Quantization of the frozen transformer.", reason="quantized weights are " + LATER, changes_results=True, default="no_change"
+    )
+    text_encoder_1_precision: str = unsupported(
+        help="Quantization of the text encoder.", reason="quantized weights are " + LATER, changes_results=True, default="no_change"
+    )
+    dynamo_mode: str = unsupported(help="torch.compile of the blocks.", reason="compilation is " + LATER, changes_results=False, default="")
+
+
+class AdapterSettings(Options):
+    """LoRA."""
+
+    title: ClassVar[str] = "Adapter"
+
+    lora_rank: int = option(16, ge=1, help="Rank of the adapters.")
+    lora_alpha: float | None = option(None, gt=0, help="Scale: the adapter's product is multiplied by alpha / rank; the rank when empty.")
+    lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout on the adapter's input.")
+    peft_lora_target_modules: list[str] | str | None = option(
+        None, help="Names or name endings of the linear layers to adapt; the family's defaults when empty."
+    )
+    lycoris_config: str | dict[str, object] | None = unsupported(
+        help="LyCORIS adapters.", reason="adapters are LoRA through peft; the file is read only where lora_type asks for it",
+        changes_results=False,
+    )
+    lora_type: str = unsupported(
+        help="Kind of adapter.", reason="adapters are LoRA through peft (`standard`)", changes_results=True, default="standard"
+    )
+
+
+class OptimizerSettings(Options):
+    """Optimizer and learning rate."""
+
+    title: ClassVar[str] = "Optimizer"
+
+    optimizer: str = option("adamw_bf16", help="Which optimizer, by the name that `tuner plugins` lists.")
+    learning_rate: float = option(1e-4, gt=0, help="Peak learning rate.")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = option(
+        "constant_with_warmup", help="Course of the learning rate over the run."
+    )
+    lr_warmup_steps: int = option(0, ge=0, help="Steps over which the learning rate rises from 0.", unit="steps")
+    lr_num_cycles: int = option(1, ge=1, help="Cycles of `cosine_with_restarts`.")
+    lr_power: float = option(1.0, gt=0, help="Power of `polynomial`.")
+    max_grad_norm: float = option(1.0, ge=0, help="Gradients are scaled down to this norm; 0 leaves them.")
+    gradient_accumulation_steps: int = option(1, ge=1, help="Batches per optimizer step.", unit="batches")
+
+
+class TrainSettings(Options):
+    """Length, batches, seed."""
+
+    title: ClassVar[str] = "Training"
+
+    train_batch_size: int = option(1, ge=1, help="Clips per batch and device.", unit="clips")
+    max_train_steps: int = option(0, ge=0, help="Optimizer steps; 0: `num_train_epochs` decides.", unit="steps")
+    num_train_epochs: int = option(0, ge=0, help="Passes over the dataset; 0: `max_train_steps` decides.", unit="epochs")
+    seed: int = option(42, ge=0, help="Every random draw derives from it.")
+    caption_dropout_probability: float = option(0.0, ge=0, le=1, help="How often a clip is trained with the empty caption.")
+    sigma_sampler: Literal["shifted_logit_normal", "logit_normal", "uniform", "beta"] = option(
+        "shifted_logit_normal", help="Distribution of the noise level."
+    )
+    flow_schedule_shift: float = option(3.0, gt=0, help="S in S·s / (1 + (S - 1)·s), for `logit_normal`.")
+    sigma_pairing: Literal["independent", "shared"] = option("independent", help="Whether streams of a sample draw their own noise level.")
+    disable_benchmark: bool = unsupported(help="Skip a baseline sample before training.", reason="no such sample is made", changes_results=False, default=True)
+    scheduled_sampling_max_step_offset: int = unsupported(
+        help="Rollout during training.", reason="scheduled sampling is " + LATER, changes_results=True, default=0
+    )
+    scheduled_sampling_probability: float = unsupported(
+        help="Rollout during training.", reason="scheduled sampling is " + LATER, changes_results=True, default=0.0
+    )
+    scheduled_sampling_prob_start: float = unsupported(
+        help="Rollout during training.", reason="scheduled sampling is " + LATER, changes_results=True, default=0.0
+    )
+    scheduled_sampling_prob_end: float = unsupported(
+        help="Rollout during training.", reason="scheduled sampling is " + LATER, changes_results=True, default=0.0
+    )
+    scheduled_sampling_reflexflow: bool = unsupported(
+        help="ReflexFlow weighting of the rollout.", reason="scheduled sampling is " + LATER, changes_results=True, default=False
+    )
+
+
+class DataSettings(Options):
+    """Datasets and their cache."""
+
+    title: ClassVar[str] = "Data"
+
+    data_backend_config: str = option("", help="The dataset file: a JSON list of entries.", metavar="FILE")
+    data: str = option("", help="A folder of clips with .txt captions: short for a dataset file with one video entry.", metavar="DIR")
+    cache_dir: str = option("cache", help="Where encoded clips and captions are kept, unless an entry names its own.", metavar="DIR")
+    resolution: float = option(512, gt=0, help="Side of the square whose area a clip is resized to, or megapixels for `area`.")
+    resolution_type: Literal["pixel", "pixel_area", "area"] = option("pixel_area", help="What `resolution` means: shorter side, side of the square of equal area, or megapixels.")
+    minimum_image_size: float = option(0, ge=0, help="Clips whose shorter side is below it are skipped; 0: none.", unit="pixels")
+    frame_rate: float | None = option(None, gt=0, help="Clips are resampled to it by presentation time; the family's default when empty.", unit="frames/s", aliases=("framerate",))
+    vae_batch_size: int = option(1, ge=1, help="Clips encoded at once.", unit="clips")
+    dataloader_prefetch: int = option(2, ge=0, help="Batches prepared ahead of the step.", unit="batches")
+    strict: bool = option(False, help="Whatever would be adjusted or skipped is an error instead.")
+    override_dataset_config: bool = unsupported(
+        help="Accept a dataset whose settings changed.", reason="cache entries are named by content and settings, so they cannot go stale",
+        changes_results=False, default=False,
+    )
+    skip_file_discovery: str = unsupported(
+        help="Skip scanning.", reason="files are found anew at each start, which costs one directory listing", changes_results=False, default=""
+    )
+
+
+class RunSettings(Options):
+    """Output folder, checkpoints, trackers."""
+
+    title: ClassVar[str] = "Run"
+
+    output_dir: str = option("output", help="The run folder.", metavar="DIR")
+    checkpoint_step_interval: int = option(500, ge=0, help="A checkpoint every so many steps; 0: only at the end.", unit="steps", aliases=("checkpointing_steps",))
+    checkpoints_total_limit: int = option(5, ge=0, help="Older checkpoints beyond this number are deleted; 0: keep all.")
+    resume_from_checkpoint: str = option("", help="`latest`, or a checkpoint folder.", metavar="DIR")
+    report_to: str = option("none", help="Trackers beside metrics.jsonl, separated by commas; `none`.")
+    tracker_project_name: str = option("tuner", help="Project name for trackers.")
+    tracker_run_name: str = option("", help="Run name for trackers; the output folder's name when empty.")
+    log_interval: int = option(1, ge=1, help="Steps between two rows of metrics.jsonl.", unit="steps")
+    push_to_hub: bool = unsupported(help="Upload the result.", reason="uploading is " + LATER, changes_results=False, default=False)
+    hub_model_id: str = unsupported(help="Repository to upload to.", reason="used only with push_to_hub", changes_results=False, default="")
+
+
+class ValidationSettings(Options):
+    """The sample at the end of a run."""
+
+    title: ClassVar[str] = "Validation"
+
+    validation_disable: bool = option(False, help="Make no sample at the end of the run.")
+    validation_prompt: str = option("", help="Prompt of the sample; no sample when empty.")
+    validation_negative_prompt: str = option("", help="What guidance leads away from.")
+    validation_guidance: float = option(5.0, ge=1, help="Classifier-free guidance of the sample; 1 switches it off.")
+    validation_num_inference_steps: int = option(40, ge=1, help="Steps of the sample.", unit="steps")
+    validation_num_video_frames: int = option(81, ge=1, help="Length of the sample.", unit="frames")
+    validation_resolution: str = option("768x512", help="Width x height of the sample.", unit="pixels")
+    validation_seed: int = option(42, ge=0, help="Seed of the sample.")
+    validation_disable_unconditional: bool = unsupported(
+        help="Leave out the sample with the empty prompt.", reason="no such sample is made", changes_results=False, default=True
+    )
+    validation_step_interval: int = unsupported(
+        help="Samples during training.", reason="samples are made at the end of the run", changes_results=False, default=0, aliases=("validation_steps",)
+    )
+    validation_prompt_library: str | bool = unsupported(help="A file of prompts.", reason="prompt libraries are " + LATER, changes_results=False)
+    validation_using_datasets: bool = unsupported(help="Samples from evaluation images.", reason="evaluation datasets are " + LATER, changes_results=False, default=False)
+    validation_adapter_path: str = unsupported(help="A second adapter for samples.", reason="adapters for samples are " + LATER, changes_results=False)
+    validation_adapter_config: str | dict[str, object] | None = unsupported(help="Adapters for samples.", reason="adapters for samples are " + LATER, changes_results=False)
+    validation_adapter_strength: float = unsupported(help="Strength of that adapter.", reason="adapters for samples are " + LATER, changes_results=False, default=1.0)
+    evaluation_type: str = unsupported(help="Scores for samples.", reason="scores are " + LATER, changes_results=False, default="none")
+    eval_dataset_id: str = unsupported(help="Which dataset to evaluate on.", reason="evaluation datasets are " + LATER, changes_results=False)
+
+
+CORE_OPTIONS: tuple[type[Options], ...] = (
+    ModelSettings, AdapterSettings, OptimizerSettings, TrainSettings, DataSettings, RunSettings, ValidationSettings,
+)

@@ -1,0 +1,287 @@
+"""What a model family implements, and the records that pass between it and the core.
+
+Dimensions: B samples, S tokens of one stream, C latent channels, T text tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tuner.config.options import Options
+from tuner.interfaces.blocks import BlockSet, BlockState
+from tuner.interfaces.encoders import AudioClip, LatentEncoder, Record, VideoClip
+
+if TYPE_CHECKING:
+    from tuner.interfaces.services import WeightSource
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What every factory is given beside its own options."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """The dtype that frozen weights are held and computed in."""
+    seed: int
+    rank: int
+    output_dir: Path
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which clips a family can encode."""
+
+    frame_step: int
+    """Valid frame counts are 1 + k · frame_step."""
+    size_step: int
+    """Height and width are multiples of it, in pixels."""
+    sample_rate: int
+    """Of the sound that the audio encoder takes, in Hz."""
+    audio_channels: int
+    default_frame_rate: float
+
+    def snap_frames(self, frames: int) -> int:
+        """The largest valid count that is not above `frames` (at least 1)."""
+        return 1 + max(0, frames - 1) // self.frame_step * self.frame_step
+
+    def snap_size(self, pixels: float) -> int:
+        """The largest valid side that is not above `pixels` (at least one step)."""
+        return max(self.size_step, int(pixels) // self.size_step * self.size_step)
+
+
+@dataclass(frozen=True)
+class TokenShift:
+    """mu(n) = base + (top - base) / (top_tokens - base_tokens) · (n - base_tokens), unclamped; n = target tokens of the stream."""
+
+    base: float
+    top: float
+    base_tokens: int
+    top_tokens: int
+
+    def mu(self, tokens: int) -> float:
+        """The mean of the logit-normal sigma distribution for `tokens` tokens."""
+        return self.base + (self.top - self.base) / (self.top_tokens - self.base_tokens) * (tokens - self.base_tokens)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One released generation of a family, as found in a checkpoint's own metadata."""
+
+    family: str
+    name: str
+    """"2.0", "2.3", ..."""
+    config: Mapping[str, Mapping[str, object]]
+    """Per part (transformer, connectors, vae, ...): the keyword arguments its module is built with."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What headers alone tell, before anything is loaded."""
+
+    variant: Variant
+    parameters: int
+    """Of the transformer, for the streams that are trained."""
+    blocks: int
+    block_bytes: int
+    """Of the largest block, at the run's dtype."""
+    bytes: int
+    """Of the transformer, at the run's dtype."""
+    adapter_targets: int
+    """How many linear layers the default LoRA targets match."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One cached item as the dataset hands it over: encoder name -> record, and what the manifest knows."""
+
+    key: str
+    """Stable identity of the item: source and settings."""
+    dataset: str
+    draw: int
+    """Index in the epoch's order, for counter-based randomness."""
+    epoch: int
+    frame_rate: float
+    frames: int
+    height: int
+    width: int
+    records: Mapping[str, Record]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """The clean tokens of one stream."""
+
+    latents: Tensor
+    """(B, S, C) normalised latents, packed to tokens."""
+    grid: tuple[int, int, int]
+    loss_mask: Tensor | None = None
+    """(B, S) float: 1 where the loss counts; None: everywhere."""
+    present: Tensor | None = None
+    """(B,) bool: which samples have this stream at all; None: all."""
+    conditioned: Tensor | None = None
+    """(B, S) bool: tokens given clean, at timestep 0, outside the loss; None: none."""
+    clean: bool = False
+    """The whole stream is given, not learned: sigma 0 for every sample."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one bucket, collated by the family."""
+
+    samples: tuple[Sample, ...]
+    streams: Mapping[str, StreamBatch]
+    text: Mapping[str, Tensor]
+    """Stream -> (B, T, D) encoded captions."""
+    frame_rate: tuple[float, ...]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Cached features that regularizers asked for."""
+
+
+@dataclass(frozen=True)
+class StreamNoise:
+    """x_sigma = (1 - sigma) · x0 + sigma · eps; velocity target = eps - x0."""
+
+    sigma: Tensor
+    """(B,) float32 in [0, 1]."""
+    noisy: Tensor
+    """(B, S, C): the model's input; conditioned tokens hold x0."""
+    target: Tensor
+    """(B, S, C) float32 velocity."""
+    noise: Tensor
+    """(B, S, C) float32 eps."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The draws for one batch."""
+
+    streams: Mapping[str, StreamNoise]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Stream -> (B, S, C) predicted velocity."""
+
+    streams: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One clip to generate."""
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = 768
+    height: int = 512
+    frames: int = 81
+    frame_rate: float = 25.0
+    steps: int = 40
+    guidance: float = 5.0
+    audio_guidance: float | None = None
+    seed: int = 42
+    sound: bool = True
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A sampled clip: `video` uint8 (F, H, W, 3), `sound` float32 (channels, samples) or None, and the latents they came from."""
+
+    video: VideoClip | None
+    sound: AudioClip | None
+    latents: Mapping[str, Tensor]
+    """Stream -> (1, S, C) normalised tokens."""
+
+
+class ModelFamily(ABC):
+    """A family of generative models: describes its forward pass in three parts and knows its own files.
+
+    Built once per run as `Family(options, context)`. Nothing here knows a regularizer or a memory strategy.
+    """
+
+    options_type: ClassVar[type[Options]]
+    geometry: ClassVar[Geometry]
+    stream_names: ClassVar[tuple[str, ...]]
+    token_shift: ClassVar[TokenShift]
+
+    # --- before anything is loaded -------------------------------------------------------------------------------
+    @abstractmethod
+    def inspect(self, source: WeightSource, streams: Sequence[str]) -> ModelFacts:
+        """Reads headers only. Raises `CheckpointError` for a checkpoint this family does not know."""
+
+    @abstractmethod
+    def encoders(self, source: WeightSource, streams: Sequence[str]) -> Sequence[LatentEncoder]:
+        """The encoders whose records training on `streams` needs, in the order in which to run them. Loads nothing."""
+
+    def select_streams(self, available: frozenset[str]) -> tuple[str, ...]:
+        """Which streams are trained, given those that the dataset has; in the order of `stream_names`."""
+        return tuple(name for name in self.stream_names if name in available)
+
+    def stream_weights(self) -> Mapping[str, float]:
+        """Weight of each stream's loss; 1 where not named."""
+        return {}
+
+    # --- the training model --------------------------------------------------------------------------------------
+    @abstractmethod
+    def load(self, source: WeightSource, streams: Sequence[str], dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The transformer with exactly the weights that `streams` need; every key accounted for."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Sample], streams: Sequence[str]) -> Batch:
+        """Stacks cached records into a batch on the CPU; pads and masks what is missing."""
+
+    @abstractmethod
+    def enter(self, model: nn.Module, batch: Batch, noise: Noise) -> BlockState:
+        """Embeds tokens, positions, timesteps and text: everything before the first block."""
+
+    @abstractmethod
+    def call_block(self, block: nn.Module, state: BlockState) -> BlockState:
+        """One transformer block, a pure function of its arguments."""
+
+    @abstractmethod
+    def exit(self, model: nn.Module, state: BlockState) -> Prediction:
+        """Everything after the last block."""
+
+    @abstractmethod
+    def block_set(self, model: nn.Module) -> BlockSet:
+        """The ordered blocks."""
+
+    # --- adapters ------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def adapter_targets(self, model: nn.Module, streams: Sequence[str]) -> list[str]:
+        """Full names of the linear layers that LoRA trains by default when `streams` are trained."""
+
+    @abstractmethod
+    def original_name(self, module_name: str) -> str:
+        """The published checkpoint's name of a module of this model (for files that other programs read)."""
+
+    @abstractmethod
+    def module_name(self, original_name: str) -> str:
+        """Inverse of `original_name`."""
+
+    # --- sampling ------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def sample(
+        self,
+        model: nn.Module,
+        source: WeightSource,
+        requests: Sequence[SampleRequest],
+        run_blocks: BlockFunction,
+        streams: Sequence[str],
+    ) -> list[Generated]:
+        """Generates clips. Text is encoded first and the encoder dropped; `run_blocks` runs the blocks."""
+
+
+class BlockFunction(ABC):
+    """What runs a state through all blocks; training and sampling use the same one."""
+
+    @abstractmethod
+    def run(self, state: BlockState) -> BlockState:
+        """The state after the last block."""
