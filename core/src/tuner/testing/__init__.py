@@ -1,0 +1,1 @@
+"""For plugin authors: small real objects to test against."""
