@@ -14,7 +14,9 @@ class Options(BaseModel):
     Fields are declared with `option(...)` (implemented) or `unsupported(...)` (recognised, with the reason why not).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False, coerce_numbers_to_str=True
+    )
 
     title: ClassVar[str] = ""
     """Heading of this group on the reference page and in `--help`."""

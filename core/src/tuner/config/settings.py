@@ -169,13 +169,13 @@ class ValidationSettings(Options):
     validation_step_interval: int = unsupported(
         help="Samples during training.", reason="samples are made at the end of the run", changes_results=False, default=0, aliases=("validation_steps",)
     )
-    validation_prompt_library: str | bool = unsupported(help="A file of prompts.", reason="prompt libraries are " + LATER, changes_results=False)
+    validation_prompt_library: str | bool = unsupported(help="A file of prompts.", reason="prompt libraries are " + LATER, changes_results=False, default="")
     validation_using_datasets: bool = unsupported(help="Samples from evaluation images.", reason="evaluation datasets are " + LATER, changes_results=False, default=False)
-    validation_adapter_path: str = unsupported(help="A second adapter for samples.", reason="adapters for samples are " + LATER, changes_results=False)
+    validation_adapter_path: str = unsupported(help="A second adapter for samples.", reason="adapters for samples are " + LATER, changes_results=False, default="")
     validation_adapter_config: str | dict[str, object] | None = unsupported(help="Adapters for samples.", reason="adapters for samples are " + LATER, changes_results=False)
     validation_adapter_strength: float = unsupported(help="Strength of that adapter.", reason="adapters for samples are " + LATER, changes_results=False, default=1.0)
     evaluation_type: str = unsupported(help="Scores for samples.", reason="scores are " + LATER, changes_results=False, default="none")
-    eval_dataset_id: str = unsupported(help="Which dataset to evaluate on.", reason="evaluation datasets are " + LATER, changes_results=False)
+    eval_dataset_id: str = unsupported(help="Which dataset to evaluate on.", reason="evaluation datasets are " + LATER, changes_results=False, default="")
 
 
 CORE_OPTIONS: tuple[type[Options], ...] = (

@@ -19,6 +19,7 @@ from tuner.interfaces.blocks import BlockSet, BlockState
 from tuner.interfaces.encoders import AudioClip, LatentEncoder, Record, VideoClip
 
 if TYPE_CHECKING:
+    from tuner.config.settings import ModelSettings
     from tuner.interfaces.services import WeightSource
 
 
@@ -200,6 +201,16 @@ class Generated:
     """Stream -> (1, S, C) normalised tokens."""
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where a model lies on this disk."""
+
+    weights: Path
+    """File or folder."""
+    description: str
+    """For people and for model cards: repository and revision, or the file's name; no private path."""
+
+
 class ModelFamily(ABC):
     """A family of generative models: describes its forward pass in three parts and knows its own files.
 
@@ -212,6 +223,13 @@ class ModelFamily(ABC):
     token_shift: ClassVar[TokenShift]
 
     # --- before anything is loaded -------------------------------------------------------------------------------
+    @abstractmethod
+    def locate(self, settings: ModelSettings, cache_dir: Path) -> Located:
+        """Finds weights (and what else it needs, such as a text encoder) on this disk; downloads them where a hub repository is named.
+
+        Raises `ConfigError` for an unknown flavour, `HubError`, `CheckpointError` where nothing is found.
+        """
+
     @abstractmethod
     def inspect(self, source: WeightSource, streams: Sequence[str]) -> ModelFacts:
         """Reads headers only. Raises `CheckpointError` for a checkpoint this family does not know."""

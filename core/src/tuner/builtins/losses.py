@@ -1,0 +1,103 @@
+"""The flow-matching loss of one stream, and its record over noise levels. Nothing here waits for the device but `SigmaBands.flush`.
+
+Dimensions: B samples, S tokens of one stream, C latent channels, N bands of sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from tuner.interfaces.family import Noise, StreamBatch
+from tuner.interfaces.losses import LossTerm, LossValue, StepState
+
+
+class FlowMatchingLoss(LossTerm):
+    """Mean squared error of the velocity over the tokens that count, per sample, in float32.
+
+    sum(mask · (v - (eps - x0))²) / sum(mask) over tokens and channels; flow matching with a straight path (Lipman et al. 2023,
+    arXiv:2210.02747). A sample is counted if it has the stream and any token of it counts; a `clean` stream never.
+    """
+
+    def __init__(self, stream: str, weight: float = 1.0) -> None:
+        self.name = stream
+        self.weight = weight
+
+    def __call__(self, state: StepState) -> LossValue:
+        """Values (B,) float32, 0 where not counted."""
+        stream = state.batch.streams[self.name]
+        prediction = state.prediction.streams[self.name]
+        mask = token_mask(stream)
+        # Selecting before squaring: a value that is not finite in a token outside the loss must not reach the sum or the gradient.
+        error = torch.where(mask[..., None] > 0, prediction.float() - state.noise.streams[self.name].target, 0.0)
+        weights = mask.sum(dim=1)
+        values = (error.square().mean(dim=2) * mask).sum(dim=1) / torch.where(weights > 0, weights, 1.0)
+        return LossValue(self.name, values, counted=weights > 0, weight=self.weight)
+
+
+def token_mask(stream: StreamBatch) -> Tensor:
+    """(B, S) float32 on the latents' device: the weight of each token in the loss."""
+    shape, device = stream.latents.shape[:2], stream.latents.device
+    if stream.clean:
+        return torch.zeros(shape, device=device)
+    mask = torch.ones(shape, device=device) if stream.loss_mask is None else stream.loss_mask.float()
+    if stream.conditioned is not None:
+        mask = mask * ~stream.conditioned
+    if stream.present is not None:
+        mask = mask * stream.present[:, None]
+    return mask
+
+
+class SigmaBands:
+    """Running means of the losses, in all and per band of sigma: what a low or high noise level costs is seen apart."""
+
+    def __init__(self, bands: int = 4) -> None:
+        self._edges = [index / bands for index in range(bands + 1)]
+        self._totals: dict[str, Tensor] = {}
+        """Name -> (2, N) float64 on the device: sums of losses and counted samples; N = 1 for terms without a sigma."""
+
+    def add(self, losses: Iterable[LossValue], noise: Noise) -> None:
+        """Accumulates unweighted values on their device; a term named after a stream is split by that stream's sigma."""
+        for loss in losses:
+            stream = noise.streams.get(loss.name)
+            share = self._membership(loss.values, None if stream is None else stream.sigma)
+            values = loss.values.detach().double()
+            if loss.counted is not None:
+                share = share * loss.counted[:, None]
+                values = torch.where(loss.counted, values, 0.0)
+            # A product and a sum, not index_add: atomics would add in another order on each run.
+            added = torch.stack(((share * values[:, None]).sum(dim=0), share.sum(dim=0)))
+            known = self._totals.get(loss.name)
+            self._totals[loss.name] = added if known is None else known + added
+
+    def _membership(self, values: Tensor, sigma: Tensor | None) -> Tensor:
+        """(B, N) float64: 1 in the band that a sample belongs to."""
+        if sigma is None:
+            return torch.ones((len(values), 1), dtype=torch.float64, device=values.device)
+        bands = len(self._edges) - 1
+        index = (sigma * bands).long().clamp(0, bands - 1)
+        return (index[:, None] == torch.arange(bands, device=index.device)).double()
+
+    def flush(self) -> dict[str, float]:
+        """Means since the last call, by `loss/<name>` and `loss/<name>/sigma_0.25-0.50`, in one transfer; what was never counted is left out."""
+        names = list(self._totals)
+        if not names:
+            return {}
+        numbers = iter(torch.cat([self._totals[name].flatten() for name in names]).tolist())
+        means: dict[str, float] = {}
+        for name in names:
+            width = self._totals[name].shape[1]
+            sums, counts = [[next(numbers) for _ in range(width)] for _ in range(2)]
+            means.update(self._means(name, sums, counts))
+        self._totals.clear()
+        return means
+
+    def _means(self, name: str, sums: list[float], counts: list[float]) -> dict[str, float]:
+        means = {f"loss/{name}": sum(sums) / sum(counts)} if sum(counts) else {}
+        if len(counts) > 1:
+            for low, high, total, count in zip(self._edges, self._edges[1:], sums, counts, strict=True):
+                if count:
+                    means[f"loss/{name}/sigma_{low:.2f}-{high:.2f}"] = total / count
+        return means

@@ -1,0 +1,38 @@
+"""`tuner sample`: a prompt becomes an mp4 with sound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tuner.cli.common import configured_command
+from tuner.config.resolve import Settings
+from tuner.plugins.registry import Registry
+
+
+def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) -> int:
+    """Loads the model, adds the adapter, generates, writes."""
+    from tuner.train.sample import sample  # torch
+
+    lora = Path(arguments["lora"]) if arguments["lora"] else None
+    written = sample(registry, settings, arguments["prompt"], Path(arguments["output"]), lora, arguments["strength"], arguments["no_sound"])
+    click.echo(str(written))
+    return 0
+
+
+command = configured_command(
+    "sample",
+    "Generate a clip from a prompt, with an adapter if one is named. Size, length, steps, guidance and seed come from the "
+    "validation_* keys.",
+    run,
+    [
+        click.Option(["--prompt"], default="", help="What to generate; validation_prompt when empty."),
+        click.Option(["--lora"], metavar="FILE", help="An adapter file in any known layout, a checkpoint or a run folder."),
+        click.Option(["--strength"], type=float, default=1.0, show_default=True, help="Scale of the adapter."),
+        click.Option(["--output", "-o"], default="sample.mp4", show_default=True, metavar="FILE", help="The mp4 to write."),
+        click.Option(["--no-sound", "no_sound"], is_flag=True, help="Generate the picture only."),
+    ],
+)

@@ -1,0 +1,136 @@
+"""`tuner train`: the plan, the cache, the training, the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from tuner.cli.common import configured_command
+from tuner.cli.status_line import CacheBar, StatusLine
+from tuner.config.resolve import Settings
+from tuner.config.settings import OptimizerSettings, RunSettings, TrainSettings
+from tuner.plugins.registry import Registry
+
+if TYPE_CHECKING:
+    from tuner.train.plan import Plan
+    from tuner.train.session import Outcome
+
+
+class Terminal:
+    """Draws the plan, the progress of caching and the live line of training."""
+
+    def __init__(self, settings: Settings, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=False, highlight=False)
+        self.settings = settings
+        self._bar: CacheBar | None = None
+        self._line: StatusLine | None = None
+
+    def plan(self, plan: Plan) -> None:
+        """Prints what will be done."""
+        self._end_bar()
+        table = Table(title="Plan", show_header=False, box=None, title_justify="left", pad_edge=False)
+        for label, text in plan_rows(plan):
+            table.add_row(label, text)
+        self.console.print(table)
+        for notice in plan.notices:
+            self.console.print(f"notice: {notice}", markup=False)
+
+    def note(self, text: str) -> None:
+        """One sentence, above whatever is live."""
+        self._end_bar()
+        if self._line is not None:
+            self._line.note(text)
+        else:
+            self.console.print(text, markup=False)
+
+    def caching(self, done: int, total: int, label: str) -> None:
+        """Progress of finding or encoding clips."""
+        if self._bar is None:
+            self._bar = CacheBar(self.console, interactive=self.console.is_terminal)
+        self._bar.report(done, total, label)
+
+    def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """A step's numbers."""
+        self._end_bar()
+        if self._line is None:
+            self._line = StatusLine(
+                self.console, total, interactive=self.console.is_terminal,
+                checkpoint_interval=self.settings.get(RunSettings).checkpoint_step_interval,
+            )  # fmt: skip
+        self._line.update(step, metrics)
+
+    def finished(self, outcome: Outcome) -> None:
+        """Names every file."""
+        self.close()
+        if outcome.exit_code:
+            self.console.print(f"stopped at step {outcome.step}; go on with --resume_from_checkpoint latest", markup=False)
+        for label, path in [("checkpoint", outcome.checkpoint), *(("trained", f) for f in outcome.files), ("sample", outcome.sample)]:
+            if path is not None:
+                self.console.print(f"{label:>10}  {path}", markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Ends whatever is live."""
+        self._end_bar()
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+    def _end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    """Label and text of each line of the plan."""
+    settings, facts, manifest = plan.settings, plan.facts, plan.manifest
+    optimizer, train = settings.get(OptimizerSettings), settings.get(TrainSettings)
+    buckets = ", ".join(f"{b.width}x{b.height}x{b.frames} ({n})" for b, n in manifest.bucket_counts().items())
+    return [
+        ("model", f"{plan.family_name} {facts.variant.name}, {plan.source.description}"),
+        ("streams", " + ".join(plan.streams)),
+        ("size", f"{facts.parameters / 1e9:.3f} B parameters, {facts.blocks} blocks, {facts.bytes / 2**30:.2f} GiB"),
+        ("training", describe_training(plan)),
+        ("clips", manifest.describe()),
+        ("sound", manifest.ledger.describe()),
+        ("buckets", f"{buckets} (width x height x frames)"),
+        ("length", f"{plan.total_steps} steps of {optimizer.gradient_accumulation_steps} x {train.train_batch_size} clips, "
+                   f"{plan.batches_per_epoch} batches an epoch"),
+        ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}"),
+        ("device", f"{plan.context.device}, {str(plan.context.dtype).removeprefix('torch.')}"),
+        ("output", str(plan.context.output_dir)),
+    ]  # fmt: skip
+
+
+def describe_training(plan: Plan) -> str:
+    """LoRA with its rank, or full fine-tuning."""
+    from tuner.config.settings import AdapterSettings, ModelSettings
+
+    if plan.settings.get(ModelSettings).model_type == "full":
+        return "all weights"
+    adapter = plan.settings.get(AdapterSettings)
+    chosen = "your target modules" if adapter.peft_lora_target_modules else f"{plan.facts.adapter_targets} linear layers"
+    return f"LoRA of rank {adapter.lora_rank}, alpha {adapter.lora_alpha or adapter.lora_rank:g}, on {chosen}"
+
+
+def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) -> int:
+    """Plans and trains."""
+    from tuner.train.session import train  # torch
+
+    terminal = Terminal(settings)
+    try:
+        return train(registry, settings, terminal, dry_run=arguments["dry_run"]).exit_code
+    finally:
+        terminal.close()
+
+
+command = configured_command(
+    "train",
+    "Train a model on a folder of clips. Every configuration key is a flag too; flags win over environment, file and defaults.",
+    run,
+    [click.Option(["--dry-run", "dry_run"], is_flag=True, help="Check everything and print the plan, then stop.")],
+)

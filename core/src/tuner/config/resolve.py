@@ -1,0 +1,262 @@
+"""From defaults, file, environment and flags to one validated instance of every option model, each value with its origin.
+
+A later source wins over an earlier one: defaults < file < environment < flags. Everything wrong in all sources is reported at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar, cast
+
+from pydantic import ValidationError
+
+from tuner.config.masking import masked, shown
+from tuner.config.options import Options
+from tuner.config.problems import combined, problems_of
+from tuner.config.vocabulary import RESERVED, Key, Vocabulary, did_you_mean
+from tuner.errors import ConfigError
+
+EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE]\+?\d{1,3}")
+ENVIRONMENT_PREFIX = "TUNER_"
+DEFAULT_CONFIG = Path("config") / "config.json"
+NEUTRAL = frozenset({"", "none", "null", "false"})
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One value as a source gave it."""
+
+    key: Key
+    value: object
+    origin: str
+    """file, environment or flag."""
+    place: str
+    """For people: the file, the variable or the flag."""
+
+
+class Settings:
+    """The resolved values of all option models."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, models: Mapping[type[Options], Options], origins: Mapping[str, str], notices: Iterable[str]
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._models = models
+        self._origins = origins
+        self.notices: tuple[str, ...] = tuple(notices)
+        """Given keys that have no effect, each with its reason."""
+
+    def get(self, cls: type[O]) -> O:
+        """The instance of an option model. Raises KeyError for a model that was not resolved."""
+        return cast(O, self._models[cls])
+
+    def value(self, key: str) -> object:
+        """The value of a key, by name or alias. Raises KeyError for an unknown one."""
+        found = self._key(key)
+        return getattr(self._models[found.owner], found.name)
+
+    def origin(self, key: str) -> str:
+        """`default`, `file`, `environment` or `flag`."""
+        return self._origins.get(self._key(key).name, "default")
+
+    def explicit(self) -> set[str]:
+        """The keys that a source other than the defaults decided."""
+        return set(self._origins)
+
+    def resolved(self) -> dict[str, dict[str, object]]:
+        """Key -> value and origin, as JSON can hold them; values of secret keys are masked."""
+        dumped = {name: value for model in self._models.values() for name, value in model.model_dump(mode="json").items()}
+        return {name: {"value": masked(name, dumped[name]), "origin": self.origin(name)} for name in self._vocabulary.keys}
+
+    def _key(self, name: str) -> Key:
+        found = self._vocabulary.find(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+
+def find_config(explicit: Path | None, cwd: Path) -> Path | None:
+    """The file that was named, else `config/config.json` below `cwd` where there is one."""
+    if explicit is not None:
+        return explicit
+    found = cwd / DEFAULT_CONFIG
+    return found if found.is_file() else None
+
+
+def resolve(
+    option_types: Iterable[type[Options]],
+    *,
+    config_file: Path | None = None,
+    flags: Mapping[str, object] = {},
+    environ: Mapping[str, str] = {},
+    hint: str = "",
+) -> Settings:
+    """Resolves every model in `option_types`.
+
+    `hint` is added to errors about unknown keys: which plugins did not load. Raises one `ConfigError` with every problem found.
+    """
+    vocabulary = Vocabulary(option_types)
+    problems: list[ConfigError] = []
+    notices: list[str] = []
+    given: dict[str, Given] = {}
+    pairs = [*_file_pairs(config_file), *_environment_pairs(vocabulary, environ, notices), *(("flag", f"--{k}", k, v) for k, v in flags.items())]
+    for item in _recognised(vocabulary, pairs, hint, problems):
+        given[item.key.name] = item
+    decoded = [_decoded(item, problems) for item in given.values() if not _is_empty(item)]
+    acting = {
+        item.key.name: item
+        for item in decoded
+        if item is not None and (not item.key.unsupported or _accepts_unsupported(item, problems, notices))
+    }
+    models = _build_models(vocabulary, acting, problems)
+    if problems:
+        raise combined(problems)
+    return Settings(vocabulary, models, {name: item.origin for name, item in acting.items()}, notices)
+
+
+Pair = tuple[str, str, str, object]
+"""Origin, place, key as spelled, value."""
+
+
+def _file_pairs(path: Path | None) -> list[Pair]:
+    if path is None:
+        return []
+    return [("file", str(path), key, value) for key, value in read_object(path) if key != "$schema"]
+
+
+def read_object(path: Path) -> list[tuple[str, object]]:
+    """The pairs of the JSON object in a file, in order, repeated keys included. Raises `ConfigError` for anything else."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_Pairs, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"line {error.lineno}, column {error.colno}: {error.msg}", where=str(path), remedy="mend the JSON") from error
+    except FileNotFoundError as error:
+        raise ConfigError("there is no such file", where=str(path), remedy="name the configuration with --config FILE") from error
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError(f"is not valid JSON: {error}", where=str(path)) from error
+    if not isinstance(content, _Pairs):
+        raise ConfigError("must hold a JSON object: { ... }", where=str(path), remedy='write {"key": value, ...}')
+    return [(key, _plain(value, key, path)) for key, value in content]
+
+
+class _Pairs(list[tuple[str, object]]):
+    """A JSON object before repeated keys are lost."""
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a number that a setting can have")
+
+
+def _plain(value: object, where: str, path: Path) -> object:
+    if isinstance(value, _Pairs):
+        names = [name for name, _ in value]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"holds {', '.join(repeated)} twice", where=f"{path}: {where}")
+        return {name: _plain(inner, f"{where}.{name}", path) for name, inner in value}
+    if isinstance(value, list):
+        return [_plain(inner, where, path) for inner in value]
+    return value
+
+
+def _environment_pairs(vocabulary: Vocabulary, environ: Mapping[str, str], notices: list[str]) -> list[Pair]:
+    pairs: list[Pair] = []
+    for variable in sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX)):
+        key = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if key in RESERVED or environ[variable] == "":
+            continue
+        if vocabulary.find(key):
+            pairs.append(("environment", variable, key, environ[variable]))
+        else:  # the variable may belong to another program, so it is no error
+            advice = did_you_mean([f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in vocabulary.nearest(key)])
+            notices.append(f"{variable}: names no key and is ignored{'; ' + advice if advice else ''}")
+    return pairs
+
+
+def _recognised(vocabulary: Vocabulary, pairs: list[Pair], hint: str, problems: list[ConfigError]) -> list[Given]:
+    """Names turned into keys. Unknown names, and keys that one source gives twice with different values, become problems."""
+    found: dict[tuple[str, str], Given] = {}
+    for origin, place, spelled, value in pairs:
+        key = vocabulary.find(spelled)
+        if key is None:
+            advice = " ".join(filter(None, [did_you_mean(vocabulary.nearest(spelled)), hint, "`tuner options` lists all keys"]))
+            problems.append(ConfigError(f"unknown key ({place})", where=spelled, remedy=advice))
+            continue
+        previous = found.get((origin, key.name))
+        if previous is not None and previous.value != value:
+            problems.append(ConfigError(f"given twice with different values ({place})", where=key.name, value=shown(key.name, [previous.value, value])))
+        found[origin, key.name] = Given(key, value, origin, place)
+    return list(found.values())
+
+
+def _is_empty(item: Given) -> bool:
+    """Whether a value means the default: null and "", for unsupported keys also false and "none"."""
+    if item.value is None or item.value == "":
+        return True
+    return bool(item.key.unsupported) and (item.value is False or (isinstance(item.value, str) and item.value.strip().lower() in NEUTRAL))
+
+
+def _decoded(item: Given, problems: list[ConfigError]) -> Given | None:
+    """Strings that stand for something else: JSON or words separated by commas for lists and objects, `1e4` for whole numbers.
+
+    None, and a problem, where that fails or where true/false is given for a number.
+    """
+    key, value = item.key, item.value
+    if isinstance(value, bool) and not key.admits(bool) and (key.admits(int) or key.admits(float)):
+        problems.append(ConfigError("must be a number", where=key.name, value=value, remedy=f"change it ({item.place})"))
+        return None
+    if not isinstance(value, str):
+        return item
+    text = value.strip()
+    if (key.admits(list) or key.admits(dict)) and text.startswith(("{", "[")):
+        try:
+            return replace(item, value=json.loads(text, parse_constant=_refuse_constant))
+        except ValueError as error:
+            problems.append(ConfigError(f"is not valid JSON: {error} ({item.place})", where=key.name, value=shown(key.name, value)))
+            return None
+    if key.admits(list) and (not key.admits(str) or "," in text):
+        return replace(item, value=[word.strip() for word in text.split(",") if word.strip()])
+    if key.admits(int) and not key.admits(str) and EXPONENT.fullmatch(text):
+        return replace(item, value=float(text))  # pydantic takes 10000.0 for 10000 and refuses 0.5
+    return item
+
+
+def _accepts_unsupported(item: Given, problems: list[ConfigError], notices: list[str]) -> bool:
+    """Whether a key that has no effect keeps the given value; says so where that value asks for something."""
+    key = item.key
+    try:
+        value, valid = getattr(key.owner.model_validate({key.name: item.value}), key.name), True
+    except ValidationError:
+        value, valid = item.value, False
+    if value == key.default:
+        return True
+    if key.changes_results:
+        problems.append(
+            ConfigError(
+                f"is not supported: {key.unsupported}", where=key.name, value=shown(key.name, item.value),
+                remedy=f"remove it ({item.place})",
+            )
+        )
+    else:
+        notices.append(f"{key.name}: {shown(key.name, item.value)!r} has no effect: {key.unsupported} ({item.place})")
+    return valid
+
+
+def _build_models(vocabulary: Vocabulary, given: Mapping[str, Given], problems: list[ConfigError]) -> dict[type[Options], Options]:
+    models: dict[type[Options], Options] = {}
+    for options in vocabulary.option_types:
+        mine = {name: item for name, item in given.items() if item.key.owner is options}
+        try:
+            models[options] = options.model_validate({name: item.value for name, item in mine.items()})
+        except ValidationError as error:
+            problems.extend(problems_of(error, options, {name: (item.value, item.place) for name, item in mine.items()}))
+    return models

@@ -1,0 +1,133 @@
+"""Builds what trains, in an order that is an invariant: load, adapters, memory strategy, regularizers, runner, optimizer.
+
+Adapters go in before the memory strategy, so that it sees which weights are frozen; regularizers after it, so that they tap
+blocks as they will run; the optimizer last, because only then every trainable parameter exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tuner.builtins.losses import FlowMatchingLoss
+from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, TrainSettings
+from tuner.errors import ConfigError
+from tuner.interfaces.blocks import BlockSet
+from tuner.interfaces.losses import LossTerm, Regularizer
+from tuner.interfaces.memory import MemorySession, MemoryStrategy
+from tuner.model.adapters import add_adapters, resolve_targets
+from tuner.model.runner import BlockRunner, Checkpointing
+from tuner.train.masters import MasterWeights
+from tuner.train.noise import NoiseSampler
+from tuner.train.plan import Plan
+from tuner.train.schedule import make_schedule
+from tuner.train.step import TrainingModel
+
+
+@dataclass
+class Assembly:
+    """All objects of a run; built once."""
+
+    training: TrainingModel
+    masters: MasterWeights
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    noise: NoiseSampler
+    regularizers: tuple[Regularizer, ...]
+    session: MemorySession
+    device: torch.device
+
+    def detach(self) -> None:
+        """In reverse order of `assemble`."""
+        for regularizer in reversed(self.regularizers):
+            regularizer.detach()
+        self.session.detach()
+
+
+def assemble(plan: Plan, device: torch.device) -> Assembly:
+    """Loads the model and builds everything around it. Steps are named in the log as they begin."""
+    family = plan.family
+    model = family.load(plan.source, plan.streams, plan.context.dtype, device)
+    trained = add_trainable(plan, model)
+    blocks = family.block_set(model)
+    session = _attach_memory(plan, blocks, device)
+    regularizers = _attach_regularizers(plan, blocks)
+    runner = BlockRunner(
+        blocks,
+        family.call_block,
+        checkpointing=checkpointing(plan.settings.get(ModelSettings), len(blocks)),
+        session=session,
+        transforms=[t for r in regularizers for t in r.transforms()],
+        taps=[t for r in regularizers for t in r.taps()],
+    )
+    terms = [*stream_losses(plan), *plan.loss_terms, *(t for r in regularizers for t in r.loss_terms())]
+    for regularizer in regularizers:
+        trained += _named(regularizer.trainable(), regularizer.name)
+    return _with_optimizer(plan, TrainingModel(family, model, runner, terms), trained, regularizers, session, device)
+
+
+def _with_optimizer(
+    plan: Plan,
+    training: TrainingModel,
+    trained: list[tuple[str, nn.Parameter]],
+    regularizers: tuple[Regularizer, ...],
+    session: MemorySession,
+    device: torch.device,
+) -> Assembly:
+    settings = plan.settings.get(OptimizerSettings)
+    component = plan.registry.component("optimizer", settings.optimizer)
+    factory = component.load()
+    masters = MasterWeights(trained, low_precision=bool(getattr(factory, "wants_low_precision", False)))
+    optimizer = factory(masters.optimized(), settings.learning_rate, plan.settings.get(component.options))  # type: ignore[operator]
+    schedule = make_schedule(optimizer, settings, plan.total_steps)
+    train = plan.settings.get(TrainSettings)
+    noise = NoiseSampler(train, plan.family.token_shift, train.seed)
+    return Assembly(training, masters, optimizer, schedule, noise, regularizers, session, device)
+
+
+def add_trainable(plan: Plan, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Adds LoRA, or frees every weight for full fine-tuning; returns the trained parameters with stable names."""
+    if plan.settings.get(ModelSettings).model_type == "full":
+        model.requires_grad_(True)
+    else:
+        settings = plan.settings.get(AdapterSettings)
+        defaults = plan.family.adapter_targets(model, plan.streams)
+        targets = resolve_targets(model, settings.peft_lora_target_modules, defaults)
+        add_adapters(model, targets, settings, plan.settings.get(TrainSettings).seed)
+    model.train()
+    return _named(model)
+
+
+def _named(module: nn.Module | None, prefix: str = "") -> list[tuple[str, nn.Parameter]]:
+    if module is None:
+        return []
+    lead = f"{prefix}." if prefix else ""
+    return [(lead + name, p) for name, p in module.named_parameters() if p.requires_grad]
+
+
+def checkpointing(settings: ModelSettings, blocks: int) -> Checkpointing:
+    """The policy that `gradient_checkpointing` and its interval ask for."""
+    return Checkpointing.every(blocks, settings.gradient_checkpointing_interval) if settings.gradient_checkpointing else Checkpointing()
+
+
+def stream_losses(plan: Plan) -> Sequence[LossTerm]:
+    """The flow-matching loss of each trained stream."""
+    weights = plan.family.stream_weights()
+    return [FlowMatchingLoss(stream, weights.get(stream, 1.0)) for stream in plan.streams]
+
+
+def _attach_memory(plan: Plan, blocks: BlockSet, device: torch.device) -> MemorySession:
+    chosen = plan.memory_strategies
+    if len(chosen) > 1:
+        raise ConfigError("two memory strategies cannot hold the same blocks", value=[s.name for s in chosen], remedy="switch one of them off")
+    strategy: MemoryStrategy | None = chosen[0] if chosen else None
+    return strategy.attach(blocks, device) if strategy else MemorySession()
+
+
+def _attach_regularizers(plan: Plan, blocks: BlockSet) -> tuple[Regularizer, ...]:
+    for regularizer in plan.regularizers:
+        regularizer.attach(blocks, plan.context)
+    return plan.regularizers

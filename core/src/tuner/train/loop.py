@@ -1,0 +1,147 @@
+"""The training loop: batches in, optimizer steps, metrics, checkpoints. It keeps no state that a step number does not give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from tuner.builtins.losses import SigmaBands
+from tuner.config.settings import DataSettings, OptimizerSettings, RunSettings
+from tuner.data.dataset import Prefetcher, TrainingSet
+from tuner.data.randomness import derived_seed
+from tuner.errors import NumericError
+from tuner.interfaces.family import Batch, Noise
+from tuner.train.assemble import Assembly
+from tuner.train.metrics import StepMetrics
+from tuner.train.placement import to_device
+from tuner.train.plan import Plan
+from tuner.train.signals import StopRequests
+from tuner.train.step import train_step
+
+FLUSH_STEPS = 10
+"""On a GPU, metrics cross to the host once in so many steps: reading each would stop the queue of kernels."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prepared batch with its draws, on the host."""
+
+    batch: Batch
+    noise: Noise
+
+
+@dataclass
+class Loop:
+    """Runs from `start` to `plan.total_steps`. `on_metrics` and `save` are called between steps."""
+
+    plan: Plan
+    assembly: Assembly
+    dataset: TrainingSet
+    on_metrics: Callable[[int, Mapping[str, float]], None]
+    save: Callable[[int], None]
+    stops: StopRequests
+    start: int = 0
+    rank: int = 0
+    world: int = 1
+    metrics: StepMetrics = field(default_factory=StepMetrics)
+
+    def __post_init__(self) -> None:
+        self.accumulation = self.plan.settings.get(OptimizerSettings).gradient_accumulation_steps
+        self.device = self.assembly.device
+        self.flush_steps = FLUSH_STEPS if self.device.type == "cuda" else 1
+        self.bands = SigmaBands()
+
+    def run(self) -> int:
+        """Trains; returns the number of finished steps, which is less than planned where a stop was asked for."""
+        depth = self.plan.settings.get(DataSettings).dataloader_prefetch
+        feed = Prefetcher(self.prepare, self.start * self.accumulation, depth)
+        interval = self.plan.settings.get(RunSettings).checkpoint_step_interval
+        step = saved = self.start
+        try:
+            while step < self.plan.total_steps:
+                self.step(step, feed)
+                step += 1
+                wanted = interval and step % interval == 0 and step < self.plan.total_steps
+                if wanted or self.stops.take_checkpoint_request():
+                    self.checkpoint(step)
+                    saved = step
+                if self.stops.stop:
+                    break
+        finally:
+            feed.close()
+        self.flush()
+        if saved != step or step == self.start:
+            self.checkpoint(step)
+        return step
+
+    def checkpoint(self, step: int) -> None:
+        """Metrics first: weights that are not finite must not replace good ones."""
+        self.flush()
+        self.save(step)
+
+    def prepare(self, index: int) -> Item:
+        """Item `index` of this rank, on the host. Runs in the prefetch thread; a pure function of its arguments."""
+        epoch, place = self.dataset.locate(index * self.world + self.rank)
+        samples = self.dataset.load(epoch, self.dataset.epoch_plan(epoch)[place])
+        batch = self.plan.family.collate(samples, self.plan.streams)
+        item = Item(batch, self.assembly.noise.sample(batch, index))
+        return to_device(item, self.device, pin=True) if self.device.type == "cuda" else item
+
+    def step(self, step: int, feed: Prefetcher[Item]) -> None:
+        """One optimizer step over `accumulation` batches."""
+        began = time.perf_counter()
+        run, seed = self.assembly, self.plan.context.seed
+        # Dropout and stochastic rounding draw from the global generators: seeded per step, resume repeats them.
+        torch.manual_seed(derived_seed(seed, "step", step, self.rank))
+        losses: dict[str, torch.Tensor] = {}
+        samples = 0
+        for micro in range(self.accumulation):
+            item = to_device(next(feed), self.device)
+            samples += len(item.batch.samples)
+            for regularizer in run.regularizers:
+                generator = torch.Generator().manual_seed(derived_seed(seed, regularizer.name, step, micro, self.rank))
+                regularizer.begin_step(step, item.batch, item.noise, generator)
+            result = train_step(run.training, item.batch, item.noise, step)
+            (result.loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
+            run.masters.collect()
+            self.bands.add(result.terms, item.noise)
+            losses["loss"] = losses.get("loss", 0) + result.loss.detach() / self.accumulation
+        self._reduce()
+        losses["grad_norm"] = run.masters.clip_(self.plan.settings.get(OptimizerSettings).max_grad_norm)
+        rate = float(run.schedule.get_last_lr()[0])
+        run.optimizer.step()
+        run.schedule.step()
+        run.masters.publish()
+        for parameter in run.masters.optimized():
+            parameter.grad = None
+        for regularizer in run.regularizers:
+            regularizer.after_step(step)
+        host = {"lr": rate, "seconds": time.perf_counter() - began, "samples": float(samples)}
+        self.metrics.add(step + 1, losses | self.bands.take(), host)
+        if (step + 1) % self.flush_steps == 0:
+            self.flush()
+
+    def _reduce(self) -> None:
+        """Averages gradients over ranks, in one flat buffer per dtype."""
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in self.assembly.masters.optimized() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= self.world
+        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+    def flush(self) -> None:
+        """Hands all pending rows to `on_metrics`. Raises `NumericError` at the first one that is not finite."""
+        for step, row in self.metrics.flush():
+            self.on_metrics(step, row)
+            for name in ("loss", "grad_norm"):
+                if row[name] != row[name] or row[name] in (float("inf"), float("-inf")):
+                    raise NumericError(
+                        f"{name} is not finite at step {step}", where=name, value=row[name],
+                        remedy="resume from the last checkpoint with a lower learning_rate or max_grad_norm",
+                    )  # fmt: skip

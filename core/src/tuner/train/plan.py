@@ -1,0 +1,160 @@
+"""What a run will do, decided before anything is loaded: components by name, variant from headers, the dataset, all rules checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tuner.config.datasets import DatasetEntry, load_datasets
+from tuner.config.resolve import Settings
+from tuner.config.settings import DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
+from tuner.data.manifest import Manifest, scan
+from tuner.errors import CheckpointError, ConfigError, TunerError
+from tuner.interfaces.encoders import LatentEncoder
+from tuner.interfaces.family import BuildContext, ModelFacts, ModelFamily
+from tuner.interfaces.losses import LossTerm, Regularizer
+from tuner.interfaces.memory import MemoryStrategy
+from tuner.interfaces.services import Loader, WeightSource
+
+if TYPE_CHECKING:
+    from tuner.plugins.registry import Registry
+
+Report = Callable[[int, int, str], None]
+
+
+class PlanProblems(ConfigError):
+    """Everything that speaks against a run, at once."""
+
+    def __init__(self, problems: Sequence[TunerError]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = tuple(problems)
+        self.exit_code = problems[0].exit_code
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The model's side: enough to load it, encode with it or sample from it."""
+
+    registry: Registry
+    settings: Settings
+    family: ModelFamily
+    family_name: str
+    source: WeightSource
+    context: BuildContext
+
+
+@dataclass(frozen=True)
+class Plan(ModelPlan):
+    """A training run."""
+
+    streams: tuple[str, ...]
+    facts: ModelFacts
+    entries: tuple[DatasetEntry, ...]
+    manifest: Manifest
+    encoders: tuple[LatentEncoder, ...]
+    regularizers: tuple[Regularizer, ...]
+    memory_strategies: tuple[MemoryStrategy, ...]
+    loss_terms: tuple[LossTerm, ...]
+    batches_per_epoch: int
+    total_steps: int
+    notices: tuple[str, ...]
+
+
+def plan_model(registry: Registry, settings: Settings, device: torch.device, rank: int = 0) -> ModelPlan:
+    """Finds family and weights. Raises `ConfigError`, `CheckpointError`, `HubError`."""
+    model = settings.get(ModelSettings)
+    if not model.model_family:
+        names = ", ".join(c.name for c in registry.components("family")) or "none: install one"
+        raise ConfigError("no model family was chosen", where="model_family", remedy=f"add --family NAME; installed: {names}")
+    component = registry.component("family", model.model_family)
+    dtype = torch.bfloat16 if model.mixed_precision == "bf16" else torch.float32
+    output = Path(settings.get(RunSettings).output_dir)
+    context = BuildContext(device, dtype, settings.get(TrainSettings).seed, rank, output)
+    family = component.load()(settings.get(component.options), context)  # type: ignore[operator]
+    source = open_source(registry, family, component.name, settings)
+    return ModelPlan(registry, settings, family, component.name, source, context)
+
+
+def open_source(registry: Registry, family: ModelFamily, name: str, settings: Settings) -> WeightSource:
+    """Asks the family where the weights lie and the loaders who can read them."""
+    model = settings.get(ModelSettings)
+    located = family.locate(model, Path(settings.get(DataSettings).cache_dir))
+    loaders: list[Loader] = [component.load()() for component in registry.components("loader")]  # type: ignore[operator]
+    fitting = [loader for loader in loaders if name in loader.families]
+    for loader in fitting:
+        if loader.accepts(located.weights):
+            return loader.open(located.weights, located.description)
+    raise CheckpointError(
+        f"none of the {len(fitting)} layouts that {name} reads is found there",
+        where="pretrained_model_name_or_path",
+        value=located.description,
+        remedy="give a hub repository, a folder in the diffusers layout, or one .safetensors file in the original layout",
+    )
+
+
+def make_plan(registry: Registry, settings: Settings, device: torch.device, *, report: Report | None = None) -> Plan:
+    """The whole plan of a training run. Reads file headers and probes clips; loads no weights."""
+    model = plan_model(registry, settings, device)
+    data = settings.get(DataSettings)
+    entries, manifest = find_clips(model, report)
+    available = frozenset({"video"} | ({"audio"} if any(item.has_audio for item in manifest.items) else set()))
+    streams = model.family.select_streams(available)
+    facts = model.family.inspect(model.source, streams)
+    regularizers = _enabled(model, "regularizer")
+    encoders = [*model.family.encoders(model.source, streams), *(e for r in regularizers for e in r.encoders())]
+    batches = manifest.batches_per_epoch(settings.get(TrainSettings).train_batch_size)
+    plan = Plan(
+        registry, settings, model.family, model.family_name, model.source, model.context,
+        streams=streams, facts=facts, entries=tuple(entries), manifest=manifest, encoders=tuple(encoders),
+        regularizers=regularizers, memory_strategies=_enabled(model, "memory_strategy"), loss_terms=_enabled(model, "loss_term"),
+        batches_per_epoch=batches, total_steps=total_steps(settings, batches), notices=(*settings.notices, *manifest.notices),
+    )  # fmt: skip
+    registry.component("optimizer", settings.get(OptimizerSettings).optimizer)
+    problems = registry.check_plan(plan)
+    if data.strict and plan.notices:
+        problems = [*problems, ConfigError("strict is on and something would be adjusted or ignored:\n  " + "\n  ".join(plan.notices))]
+    if problems:
+        raise PlanProblems(problems)
+    return plan
+
+
+def find_clips(model: ModelPlan, report: Report | None) -> tuple[list[DatasetEntry], Manifest]:
+    """Reads the dataset file and probes every clip."""
+    data = model.settings.get(DataSettings)
+    if not data.data_backend_config and not data.data:
+        raise ConfigError("no dataset was given", where="data_backend_config", remedy="add --data FOLDER, or --data_backend_config FILE")
+    placeholders = {"model_family": model.family_name, "output_dir": model.settings.get(RunSettings).output_dir}
+    file = Path(data.data_backend_config) if data.data_backend_config else None
+    entries = load_datasets(file, Path(data.data) if data.data else None, data, placeholders)
+    return entries, scan(entries, data, model.family.geometry, progress=report)
+
+
+def total_steps(settings: Settings, batches_per_epoch: int) -> int:
+    """Optimizer steps of the run: `max_train_steps`, or what `num_train_epochs` makes."""
+    train = settings.get(TrainSettings)
+    if train.max_train_steps:
+        return train.max_train_steps
+    if not train.num_train_epochs:
+        raise ConfigError("the length of the run is not given", where="max_train_steps", remedy="set max_train_steps or num_train_epochs")
+    return math.ceil(train.num_train_epochs * batches_per_epoch / settings.get(OptimizerSettings).gradient_accumulation_steps)
+
+
+def without_encoders(plan: Plan, manifest: Manifest) -> Plan:
+    """The plan over what is left of the dataset after caching."""
+    batches = manifest.batches_per_epoch(plan.settings.get(TrainSettings).train_batch_size)
+    return replace(plan, manifest=manifest, batches_per_epoch=batches, total_steps=total_steps(plan.settings, batches))
+
+
+def _enabled(model: ModelPlan, kind: str) -> tuple:  # type: ignore[type-arg]
+    """Components of `kind` that their options switch on, built."""
+    chosen = []
+    for component in model.registry.components(kind):
+        options = model.settings.get(component.options)
+        if options.enabled():
+            chosen.append(component.load()(options, model.context))  # type: ignore[operator]
+    return tuple(chosen)

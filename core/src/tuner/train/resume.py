@@ -1,0 +1,135 @@
+"""What a training checkpoint holds, and when going on from one is exact.
+
+Weights, optimizer, schedule and regularizer state are stored; data order, noise and dropout are functions of the step number
+and need no state. Facts that decide the numbers are stored too and must be equal, else the resume is refused with the differences.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tuner.config.settings import OptimizerSettings, RunSettings
+from tuner.errors import CheckpointError, ConfigError
+from tuner.train.assemble import Assembly
+from tuner.train.checkpoint import (
+    LoadedCheckpoint,
+    find_checkpoint,
+    flatten_state,
+    load_checkpoint,
+    require_exact,
+    restore_state,
+    save_checkpoint,
+)
+from tuner.train.plan import Plan
+from tuner.train.results import write_adapter_files
+from tuner.train.run import RunFolder
+
+HARMLESS = frozenset(
+    ["output_dir", "cache_dir", "data", "data_backend_config", "strict", "dataloader_prefetch", "vae_batch_size", "gradient_checkpointing", "gradient_checkpointing_interval", "checkpoint_step_interval", "checkpoints_total_limit", "resume_from_checkpoint", "report_to", "log_interval", "tracker_project_name", "tracker_run_name", "num_train_epochs", "pretrained_model_name_or_path", "revision", "text_encoder_path"]
+)
+"""Core keys that do not change the numbers of a step, or whose effect is covered by the digests of dataset and model."""
+OPEN_ENDED = frozenset({"constant", "constant_with_warmup"})
+"""Schedules that do not depend on the length of the run: such a run may be made longer."""
+
+
+class TrainingCheckpoints:
+    """Saves and restores an `Assembly`."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, dataset: str, world: int = 1) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.last: Path | None = None
+        self._exact = exact_facts(plan, dataset, world)
+
+    def find(self) -> LoadedCheckpoint | None:
+        """The checkpoint to go on from, verified and compared; None where none was asked for, or none exists yet.
+
+        Raises `ConfigError` where a fresh run would mix with an old one, `CheckpointError` where an exact resume is impossible.
+        """
+        wanted = self.plan.settings.get(RunSettings).resume_from_checkpoint
+        newest = find_checkpoint(self.folder.path, "latest")
+        if not wanted:
+            if newest is not None:
+                raise ConfigError(
+                    f"the folder already holds {newest.name} of an earlier run", where=f"output_dir {self.folder.path}",
+                    remedy="add --resume_from_checkpoint latest to go on, or choose another output_dir",
+                )  # fmt: skip
+            return None
+        path = newest if wanted == "latest" else find_checkpoint(self.folder.path, wanted)
+        if path is None:
+            if wanted == "latest" and not any(self.folder.path.glob("checkpoint-*")):
+                return None
+            raise CheckpointError("no complete checkpoint is there", where="resume_from_checkpoint", value=wanted)
+        loaded = load_checkpoint(path)
+        require_exact(_section(loaded.facts, "exact"), self._exact)
+        self.last = path
+        return loaded
+
+    def restore(self, loaded: LoadedCheckpoint, assembly: Assembly) -> int:
+        """Brings everything to the state after step `loaded.step`; returns that number."""
+        assembly.masters.load_state(loaded.parts["weights"])
+        optimizer = restore_state(loaded.parts.get("optimizer", {}), loaded.facts["optimizer"])
+        assembly.optimizer.load_state_dict(optimizer)
+        assembly.schedule.load_state_dict(restore_state({}, loaded.facts["schedule"]))
+        for regularizer in assembly.regularizers:
+            regularizer.load_state_dict(loaded.parts.get(f"regularizer-{regularizer.name}", {}))
+        if loaded.step > self.plan.total_steps:
+            raise ConfigError(
+                f"the checkpoint is at step {loaded.step}, beyond the planned {self.plan.total_steps}", where="max_train_steps",
+                remedy="raise max_train_steps",
+            )  # fmt: skip
+        return loaded.step
+
+    def save(self, step: int, assembly: Assembly) -> Path:
+        """Commits `checkpoint-<step>`. Raises `DiskError`; older checkpoints stay."""
+        optimizer, optimizer_facts = flatten_state(assembly.optimizer.state_dict())
+        _, schedule_facts = flatten_state(assembly.schedule.state_dict())
+        parts: dict[str, Mapping[str, Tensor]] = {"weights": assembly.masters.state(), "optimizer": optimizer}
+        for regularizer in assembly.regularizers:
+            parts[f"regularizer-{regularizer.name}"] = regularizer.state_dict()
+        facts = {"optimizer": optimizer_facts, "schedule": schedule_facts, "exact": self._exact}
+        run = self.plan.settings.get(RunSettings)
+
+        def extra(folder: Path) -> None:
+            write_adapter_files(self.plan, assembly, folder, formats=("peft",))
+
+        self.last = save_checkpoint(
+            self.folder.path, step, {k: v for k, v in parts.items() if v}, facts, keep=run.checkpoints_total_limit, extra=extra
+        )
+        return self.last
+
+
+def exact_facts(plan: Plan, dataset: str, world: int) -> dict[str, object]:
+    """Everything that decides the numbers of a step."""
+    settings = plan.settings
+    values = {key: entry["value"] for key, entry in settings.resolved().items() if decides(key)}
+    if settings.get(OptimizerSettings).lr_scheduler in OPEN_ENDED:
+        values.pop("max_train_steps", None)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft")}
+    versions |= {p.name: p.version for p in plan.registry.plugins if p.status == "loaded"}
+    return {
+        "settings": values,
+        "dataset": dataset,
+        "model": plan.source.fingerprint("transformer"),
+        "streams": list(plan.streams),
+        "versions": versions,
+        "device": plan.context.device.type if plan.context.device.type == "cpu" else torch.cuda.get_device_name(plan.context.device),
+        "ranks": world,
+    }
+
+
+def decides(key: str) -> bool:
+    """Whether a key can change the numbers of a step."""
+    return key not in HARMLESS and not key.startswith(("validation_", "push_to_hub", "hub_", "evaluation_", "eval_"))
+
+
+def _section(facts: Mapping[str, object], name: str) -> Mapping[str, object]:
+    section = facts.get(name, {})
+    return section if isinstance(section, Mapping) else {}
+
+

@@ -1,0 +1,219 @@
+"""The run folder: the interface to everybody who watches a run, now or later. Importing this costs no torch.
+
+run.json               what ran: versions, plugins, device
+config.resolved.json   every key with its value and origin
+events.jsonl           what happened, one object a line
+metrics.jsonl          one object per logged step; after a resume exactly what an uninterrupted run would hold
+heartbeat.json         that it lives, and where it is
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tuner.errors import DiskError
+
+MASK = "***"
+_SECRET_WORD = re.compile(r"(token|secret|password|passwd|passphrase|credentials?)$")
+_SECRET_PHRASE = re.compile(r"(api|access|private)_?key")
+_SECRET_TEXT = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{20,}\b")
+"""Credentials inside a URL, and hub tokens wherever they stand."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run is, for event hooks and run.json."""
+
+    folder: Path
+    family: str
+    variant: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """The resolved options, key -> value."""
+    plugins: tuple[tuple[str, str], ...] = ()
+    """(distribution, version) of every plugin loaded."""
+    started: str = ""
+    """ISO time with offset."""
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key's name says that its value must not be shown: `hub_token`, `api_key`, `db.password`; not `tokenizer` or `tokens`."""
+    words = re.split(r"[^a-z0-9]+", key.lower())
+    return any(_SECRET_WORD.search(word) for word in words) or bool(_SECRET_PHRASE.search("_".join(words)))
+
+
+def masked(value: object, key: str = "") -> object:
+    """`value` ready for JSON: secrets as `***`, NaN and infinities as null, paths as text, tuples and sets as lists.
+
+    A secret that is empty or a switch stays as it is. Raises TypeError for what JSON cannot hold.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): masked(inner, f"{key}.{name}") for name, inner in value.items()}
+    if isinstance(value, set | frozenset):
+        return [masked(inner, key) for inner in sorted(value)]
+    if isinstance(value, list | tuple):
+        return [masked(inner, key) for inner in value]
+    if value is None or isinstance(value, bool) or value == "":
+        return value
+    if is_secret(key):
+        return MASK
+    return _plain(value)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, str | Path):
+        return _SECRET_TEXT.sub(MASK, str(value))
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def describe_device() -> str:
+    """The accelerator's name, or the processor's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return platform.processor() or platform.machine()
+
+
+class RunFolder:
+    """Creates or opens a run folder and writes its files. Raises `DiskError` where it cannot."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"the run folder cannot be made: {error.strerror}", where=f"output_dir {path}") from error
+
+    def write_run(self, info: RunInfo, device: str = "") -> None:
+        """run.json. `device`: its name; found out when empty, which imports torch."""
+        self._replace("run.json", {
+            "family": info.family,
+            "variant": info.variant,
+            "started": info.started or now(),
+            "pid": os.getpid(),
+            "device": device or describe_device(),
+            "system": platform.platform(),
+            "versions": {"python": platform.python_version(), **_versions("tuner-framework", "torch")},
+            "plugins": dict(info.plugins),
+            "settings": masked(info.settings),
+        })
+
+    def write_config(self, resolved: Mapping[str, Mapping[str, object]]) -> None:
+        """config.resolved.json: key -> {"value", "origin"}."""
+        entries = {key: {name: masked(fact, key if name == "value" else name) for name, fact in entry.items()}
+                   for key, entry in resolved.items()}
+        self._replace("config.resolved.json", entries)
+
+    def event(self, kind: str, **facts: object) -> None:
+        """One line of events.jsonl: {"time", "kind", ...facts}."""
+        self._append("events.jsonl", {"time": now(), "kind": kind, **facts})
+
+    def metrics(self, step: int, values: Mapping[str, object]) -> None:
+        """One line of metrics.jsonl: {"step", ...values}. No time, so that a resumed run's file equals an uninterrupted one's."""
+        self._append("metrics.jsonl", {"step": step, **values})
+
+    def drop_metrics_after(self, step: int) -> int:
+        """Removes the rows of metrics.jsonl that belong to steps after `step` (-1: all), at once; returns how many went.
+
+        Called on resume: those steps are run again. A torn line goes too.
+        """
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return 0
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines):
+            self._replace_bytes("metrics.jsonl", b"".join(kept), durable=True)
+        return len(lines) - len(kept)
+
+    def heartbeat(self, step: int, total: int, state: str) -> None:
+        """heartbeat.json, replaced in one go. `state`: a word such as "training", "saving", "finished"."""
+        self._replace("heartbeat.json", {"time": now(), "pid": os.getpid(), "step": step, "total": total, "state": state}, durable=False)
+
+    def _replace(self, name: str, content: Mapping[str, object], *, durable: bool = True) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        self._replace_bytes(name, f"{text}\n".encode(), durable=durable)
+
+    def _replace_bytes(self, name: str, content: bytes, *, durable: bool) -> None:
+        """Readers see the old file or the new one, never a part. `durable`: also after a power cut."""
+        temporary = self.path / f".{name}.tmp-{os.getpid()}"
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            temporary.replace(self.path / name)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._unwritable(name, error) from error
+
+    def _append(self, name: str, content: Mapping[str, object]) -> None:
+        """Adds a whole line with one write, after cutting off what a crash may have left of a line."""
+        line = (json.dumps(masked(content), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        try:
+            descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            try:
+                size = _cut_torn_line(descriptor)
+                written = os.write(descriptor, line)
+                if written < len(line):
+                    os.ftruncate(descriptor, size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise self._unwritable(name, error) from error
+
+    def _unwritable(self, name: str, error: OSError) -> DiskError:
+        return DiskError(
+            f"cannot be written: {error.strerror}", where=str(self.path / name), remedy="free some space, or set another output_dir"
+        )
+
+
+def _versions(*distributions: str) -> dict[str, str]:
+    """The versions of those that are installed."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a row; infinity for a line that is no whole row, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _cut_torn_line(descriptor: int) -> int:
+    """Shortens the file to its last whole line; returns its size in bytes."""
+    size = os.fstat(descriptor).st_size
+    end = size
+    while end and os.pread(descriptor, 1, end - 1) != b"\n":
+        end -= 1
+    if end < size:
+        os.ftruncate(descriptor, end)
+    return end

@@ -1,0 +1,67 @@
+"""Signals as requests that the loop answers between two steps, so that a stop never tears a step or a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+_EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+
+
+class StopRequests:
+    """Collects SIGINT, SIGTERM and SIGUSR1 while it is entered, and puts the former handlers back afterwards.
+
+    `stop`: 0, or the exit code to end with after saving (130 for SIGINT, 143 for SIGTERM). The same signal once more ends the
+    process now: as KeyboardInterrupt or SystemExit(143), so that the terminal and temporary files are left in order; the
+    one after that meets the system's own handler, which needs no Python to run. `checkpoint_now`: SIGUSR1 arrived.
+    `notify` is told in words what happens, at once, since a step may take long. Python allows handlers in the main thread
+    only; in any other thread this does nothing.
+    """
+
+    def __init__(self, notify: Callable[[str], None] | None = None) -> None:
+        self.stop = 0
+        self.checkpoint_now = False
+        self._notify = notify
+        self._seen: set[int] = set()
+        self._former: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
+
+    def take_checkpoint_request(self) -> bool:
+        """Whether a checkpoint was asked for since the last call; clears the request."""
+        requested = self.checkpoint_now
+        self.checkpoint_now = False
+        return requested
+
+    def __enter__(self) -> StopRequests:
+        if threading.current_thread() is threading.main_thread():
+            for number in _EXIT_CODES:
+                self._former[number] = signal.signal(number, self._on_stop)
+            self._former[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_checkpoint)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._former.items():
+            # None: the handler before was not installed from Python and cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._former.clear()
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if number in self._seen:
+            signal.signal(number, signal.SIG_DFL)
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(EXIT_TERMINATED)
+        self._seen.add(number)
+        self.stop = self.stop or _EXIT_CODES[signal.Signals(number)]
+        self._tell(f"{signal.Signals(number).name}: finishing this step, then saving; send it again to exit now without saving")
+
+    def _on_checkpoint(self, number: int, frame: FrameType | None) -> None:
+        self.checkpoint_now = True
+        self._tell("SIGUSR1: saving a checkpoint after this step")
+
+    def _tell(self, text: str) -> None:
+        if self._notify is not None:
+            self._notify(text)

@@ -1,0 +1,41 @@
+"""One training step, from a batch to its losses: the page to read first. Plugins are plain objects here, built once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tuner.interfaces.family import Batch, ModelFamily, Noise
+from tuner.interfaces.losses import LossTerm, LossValue, StepState
+from tuner.model.runner import BlockRunner
+
+
+@dataclass(frozen=True)
+class TrainingModel:
+    """Everything a forward pass touches."""
+
+    family: ModelFamily
+    model: nn.Module
+    blocks: BlockRunner
+    loss_terms: Sequence[LossTerm]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss`: shape (), with the graph. `terms`: per sample and unreduced."""
+
+    loss: Tensor
+    terms: tuple[LossValue, ...]
+
+
+def train_step(run: TrainingModel, batch: Batch, noise: Noise, step: int = 0) -> StepResult:
+    """Forward pass and losses; the caller calls `loss.backward()`."""
+    state = run.family.enter(run.model, batch, noise)
+    state = run.blocks.run(state)
+    prediction = run.family.exit(run.model, state)
+    seen = StepState(batch, noise, prediction, run.blocks.tapped, step)
+    terms = tuple(term(seen) for term in run.loss_terms)
+    return StepResult(torch.stack([term.reduced() for term in terms]).sum(), terms)

@@ -1,0 +1,67 @@
+"""The sample at the end of a run, and everything else that turns a prompt into an mp4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tuner.config.settings import DataSettings, ValidationSettings
+from tuner.data.media import write_mp4
+from tuner.errors import ConfigError
+from tuner.interfaces.family import Generated, ModelFamily, SampleRequest
+from tuner.train.assemble import Assembly
+from tuner.train.plan import Plan
+
+
+def sample_at_end(plan: Plan, assembly: Assembly, settings: ValidationSettings, folder: Path) -> Path:
+    """Samples the validation prompt with the trained model; returns the mp4."""
+    training = assembly.training
+    rate = plan.settings.get(DataSettings).frame_rate or plan.family.geometry.default_frame_rate
+    request = sample_request(plan.family, settings, rate, sound="audio" in plan.streams)
+    training.model.eval()
+    try:
+        generated = plan.family.sample(training.model, plan.source, [request], training.blocks, plan.streams)[0]
+    finally:
+        training.model.train()
+    target = folder / "validation" / f"step_{plan.total_steps}" / "sample.mp4"
+    return write_sample(generated, target)
+
+
+def write_sample(generated: Generated, target: Path) -> Path:
+    """Writes picture and sound to `target`, making its folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if generated.video is None:
+        raise ConfigError("the model gave no picture to write")
+    write_mp4(target, generated.video, generated.sound)
+    return target
+
+
+def sample_request(family: ModelFamily, settings: ValidationSettings, frame_rate: float, *, sound: bool) -> SampleRequest:
+    """The request that the validation keys describe, snapped to what the family can make."""
+    width, height = parse_resolution(settings.validation_resolution)
+    return SampleRequest(
+        prompt=settings.validation_prompt,
+        negative_prompt=settings.validation_negative_prompt,
+        width=family.geometry.snap_size(width),
+        height=family.geometry.snap_size(height),
+        frames=family.geometry.snap_frames(settings.validation_num_video_frames),
+        frame_rate=frame_rate,
+        steps=settings.validation_num_inference_steps,
+        guidance=settings.validation_guidance,
+        seed=settings.validation_seed,
+        sound=sound,
+    )
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """"768x512" -> (768, 512): width x height; a single number is a square."""
+    parts = text.lower().replace("×", "x").split("x")
+    if len(parts) in (1, 2) and all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        return int(parts[0]), int(parts[-1])
+    raise ConfigError("write width x height, for example 768x512", where="validation_resolution", value=text)
+
+
+def default_device() -> torch.device:
+    """The first GPU, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,350 @@
+"""The transformer's forward pass in three parts, over diffusers' own modules: `enter`, `call_block`, `exit`.
+
+Special here: a stream that is not in the state is neither computed nor needed in memory, so training on video alone or on sound
+alone runs the same code over a model whose other modules were deleted. The modulation of the cross-modal attention follows the
+model's makers: scale and shift from a stream's own timestep (per token where tokens are given clean), the gate from the other
+stream's sigma. diffusers' `forward` offers only one of the two for both.
+
+Dimensions: B samples, S tokens of one stream, D channels of that stream, C latent channels, T text tokens, N modulation vectors,
+H attention heads, r half the channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tuner.interfaces.blocks import Aligned, BlockState, TokenStream
+from tuner.interfaces.family import Batch, Noise, Prediction, StreamBatch
+
+Grid = tuple[int, int, int]
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Side:
+    """The names under which one stream's modules are found. `prefix` is put before the names that both streams have."""
+
+    name: str
+    prefix: str
+    cross_attention: str
+    """The attention whose queries are this stream and whose keys are the other."""
+    cross_norm: str
+    cross_table: str
+    cross_embedding: str
+    cross_gate: str
+    cross_rope: str
+
+    def of(self, module: nn.Module, name: str) -> Any:
+        """This stream's `name` in `module`: a submodule or parameter."""
+        return getattr(module, self.prefix + name)
+
+
+VIDEO = Side(
+    name="video", prefix="",
+    cross_attention="audio_to_video_attn", cross_norm="audio_to_video_norm", cross_table="video_a2v_cross_attn_scale_shift_table",
+    cross_embedding="av_cross_attn_video_scale_shift", cross_gate="av_cross_attn_video_a2v_gate", cross_rope="cross_attn_rope",
+)
+AUDIO = Side(
+    name="audio", prefix="audio_",
+    cross_attention="video_to_audio_attn", cross_norm="video_to_audio_norm", cross_table="audio_a2v_cross_attn_scale_shift_table",
+    cross_embedding="av_cross_attn_audio_scale_shift", cross_gate="av_cross_attn_audio_v2a_gate", cross_rope="cross_attn_audio_rope",
+)
+SIDES = (VIDEO, AUDIO)
+BLOCKS = "transformer_blocks"
+
+_CROSS_PREFIXES = ("av_cross_attn_", "cross_attn_", "audio_to_video_", "video_to_audio_", "video_a2v_", "audio_a2v_")
+
+
+# --- which weights a stream needs --------------------------------------------------------------------------------
+def streams_of(name: str) -> frozenset[str]:
+    """The streams that all have to be there for the parameter or module `name` to be used: one, or both for cross-modal ones."""
+    segments = name.split(".")
+    head = segments[2] if segments[0] == BLOCKS and len(segments) > 2 else segments[0]
+    if head.startswith(_CROSS_PREFIXES):
+        return frozenset({VIDEO.name, AUDIO.name})
+    return frozenset({AUDIO.name if head.startswith(AUDIO.prefix) else VIDEO.name})
+
+
+def skip_for(streams: Sequence[str]) -> Callable[[str], bool]:
+    """The predicate for loading: whether a parameter is of no use when only `streams` run."""
+    present = frozenset(streams)
+    return lambda name: not streams_of(name) <= present
+
+
+def drop_unused(model: nn.Module, streams: Sequence[str]) -> None:
+    """Deletes, in place, every module and parameter that `streams` do not need."""
+    skip = skip_for(streams)
+    blocks = [(f"{BLOCKS}.{i}.", block) for i, block in enumerate(transformer_blocks(model))]
+    for prefix, owner in [("", model), *blocks]:
+        children = [name for name, _ in owner.named_children() if name != BLOCKS]
+        for name in children + [name for name, _ in owner.named_parameters(recurse=False)]:
+            if skip(prefix + name):
+                delattr(owner, name)
+
+
+def drop_audio(model: nn.Module) -> None:
+    """Deletes the audio branch and the cross-modal attentions: what training on video alone never touches."""
+    drop_unused(model, (VIDEO.name,))
+
+
+def drop_video(model: nn.Module) -> None:
+    """Deletes the video branch and the cross-modal attentions: what training on sound alone never touches."""
+    drop_unused(model, (AUDIO.name,))
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks, in order."""
+    blocks = getattr(model, BLOCKS)
+    return list(blocks)
+
+
+# --- positions ---------------------------------------------------------------------------------------------------
+class RotaryTables:
+    """Rotary tables (cos, sin), fp32, built once per rotary module, grid, frame rate and device.
+
+    Holds the `capacity` most recently used tables of each module: at 6,144 tokens one of video takes 100 MB.
+    """
+
+    def __init__(self, capacity: int = 2) -> None:
+        self.capacity = capacity
+        self._tables: WeakKeyDictionary[nn.Module, OrderedDict[tuple[Grid, float, str], Rotary]] = WeakKeyDictionary()
+
+    def for_batch(
+        self, model: nn.Module, side: Side, grid: Grid, frame_rates: Sequence[float], device: torch.device, *, cross: bool
+    ) -> Rotary:
+        """Tables for one stream, one sample each: (B, H, S, r) split or (B, S, D) interleaved. `cross`: of the cross-modal attention."""
+        rates = frame_rates if side is VIDEO else [0.0] * len(frame_rates)  # sound has its own clock
+        each = [self._for_sample(model, side, grid, rate, device, cross) for rate in rates]
+        if len(set(rates)) == 1:  # a view for all samples: diffusers' processor wants a full batch dimension
+            cos, sin = each[0]
+            return cos.expand(len(rates), *cos.shape[1:]), sin.expand(len(rates), *sin.shape[1:])
+        return torch.cat([cos for cos, _ in each]), torch.cat([sin for _, sin in each])
+
+    def _for_sample(self, model: nn.Module, side: Side, grid: Grid, rate: float, device: torch.device, cross: bool) -> Rotary:
+        positions = side.of(model, "rope")
+        rope = getattr(model, side.cross_rope) if cross else positions
+        kept = self._tables.setdefault(rope, OrderedDict())
+        key = (grid, rate, str(device))
+        if key not in kept:
+            with torch.no_grad():
+                coordinates = _coordinates(positions, side, grid, rate, device)
+                kept[key] = rope(coordinates[:, :1] if cross else coordinates, device=device)  # across modalities only time has meaning
+            while len(kept) > self.capacity:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        return kept[key]
+
+
+def _coordinates(rope: Any, side: Side, grid: Grid, rate: float, device: torch.device) -> Tensor:
+    """Bounds of each token, (1, 3 or 1, S, 2): seconds, and pixels for video."""
+    if side is VIDEO:
+        coordinates: Tensor = rope.prepare_video_coords(1, *grid, device, fps=rate)
+    else:
+        coordinates = rope.prepare_audio_coords(1, grid[0], device)
+    return coordinates
+
+
+# --- before the blocks -------------------------------------------------------------------------------------------
+def enter(model: nn.Module, batch: Batch, noise: Noise, tables: RotaryTables) -> BlockState:
+    """Embeds tokens, positions, timesteps and text of the streams that `batch` has.
+
+    Weights may be of any floating dtype; timesteps and positions stay fp32 up to their embedding. No mask reaches the attention:
+    text padding was replaced by learned registers, and padded sound leaves the loss only.
+    """
+    sides = [side for side in SIDES if side.name in batch.streams]
+    sigmas = {side.name: _sigma(batch.streams[side.name], noise.streams[side.name].sigma) for side in sides}
+    cross = len(sides) == len(SIDES)
+    streams: dict[str, TokenStream] = {}
+    shared: dict[str, Tensor] = {}
+    for side in sides:
+        given = batch.streams[side.name]
+        tokens = given.latents if given.clean else noise.streams[side.name].noisy
+        dtype = side.of(model, "time_embed").linear.weight.dtype
+        hidden = side.of(model, "proj_in")(tokens.to(dtype))
+        aligned = _timed(model, side, sigmas[side.name], given.conditioned, dtype, cross)
+        aligned |= _placed(model, side, given.grid, batch.frame_rate, tokens.device, tables, cross)
+        streams[side.name] = TokenStream(hidden, aligned, given.grid, protected=given.conditioned)
+        shared |= _per_sample(model, side, batch.text[side.name].to(tokens.device, dtype), sigmas, dtype)
+    if cross and (present := _both_present(batch.streams)) is not None:
+        shared["cross_present"] = present.to(streams[VIDEO.name].hidden.device)[:, None, None]
+    return BlockState(streams, shared)
+
+
+def _sigma(given: StreamBatch, sigma: Tensor) -> Tensor:
+    """(B,) fp32; 0 for a stream that is given whole."""
+    return torch.zeros_like(sigma, dtype=torch.float32) if given.clean else sigma.float()
+
+
+def _timestep(model: Any, sigma: Tensor) -> Tensor:
+    """sigma on the scale that the embedding was trained with, fp32: bf16 would round 873.2 to 872."""
+    timestep: Tensor = sigma * float(model.config.timestep_scale_multiplier)
+    return timestep
+
+
+def _timed(model: nn.Module, side: Side, sigma: Tensor, conditioned: Tensor | None, dtype: torch.dtype, cross: bool) -> dict[str, Aligned]:
+    """Modulation from a stream's own timestep: (B, 1, N·D), or (B, S, N·D) where some tokens are given clean."""
+    timestep = _timestep(model, sigma)
+    modulation, time = _embed_timestep(side.of(model, "time_embed"), timestep, conditioned, dtype)
+    aligned = {"modulation": Aligned(modulation, (1,)), "time": Aligned(time, (1,))}
+    if cross:
+        values, _ = _embed_timestep(getattr(model, side.cross_embedding), timestep, conditioned, dtype)
+        aligned["cross_modulation"] = Aligned(values, (1,))
+    return aligned
+
+
+def _embed_timestep(embedding: nn.Module, timestep: Tensor, conditioned: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Modulation vectors (B, 1 or S, N·D) and embedded timestep (B, 1 or S, D); timestep 0 for conditioned tokens.
+
+    A sample has only two distinct timesteps, so two are embedded and spread over the tokens.
+    """
+    count = timestep.shape[0]
+    values, embedded = (part[:, None] for part in embedding(timestep, batch_size=count, hidden_dtype=dtype))
+    if conditioned is None:
+        return values, embedded
+    clean_values, clean_embedded = (
+        part[:, None] for part in embedding(torch.zeros_like(timestep), batch_size=count, hidden_dtype=dtype)
+    )
+    clean = conditioned.to(timestep.device)[..., None]
+    return torch.where(clean, clean_values, values), torch.where(clean, clean_embedded, embedded)
+
+
+def _placed(
+    model: nn.Module, side: Side, grid: Grid, rates: Sequence[float], device: torch.device, tables: RotaryTables, cross: bool
+) -> dict[str, Aligned]:
+    """Rotary tables with their token dimension."""
+    aligned: dict[str, Aligned] = {}
+    for name, is_cross in (("rope", False), ("cross_rope", True)) if cross else (("rope", False),):
+        for part, table in zip(("cos", "sin"), tables.for_batch(model, side, grid, rates, device, cross=is_cross), strict=True):
+            aligned[f"{name}_{part}"] = Aligned(table, (2,) if table.ndim == 4 else (1,))
+    return aligned
+
+
+def _per_sample(model: Any, side: Side, text: Tensor, sigmas: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Text (B, T, D), the prompt's modulation (B, 1, 2·D) and the cross-modal gate (B, 1, D): one for all tokens of a sample."""
+    shared: dict[str, Tensor] = {}
+    shared[f"{side.name}.text"] = side.of(model, "caption_projection")(text) if model.config.use_prompt_embeddings else text
+    if hasattr(model, side.prefix + "prompt_adaln"):  # driven by the stream's sigma, never by a conditioned token's 0
+        prompt, _ = _embed_timestep(side.of(model, "prompt_adaln"), _timestep(model, sigmas[side.name]), None, dtype)
+        shared[f"{side.name}.prompt"] = prompt
+    others = [sigma for name, sigma in sigmas.items() if name != side.name]
+    if others:
+        config = model.config
+        factor = float(config.cross_attn_timestep_scale_multiplier) / float(config.timestep_scale_multiplier)
+        gate, _ = _embed_timestep(getattr(model, side.cross_gate), _timestep(model, others[0]) * factor, None, dtype)
+        shared[f"{side.name}.cross_gate"] = gate
+    return shared
+
+
+def _both_present(streams: Mapping[str, StreamBatch]) -> Tensor | None:
+    """(B,) bool: samples that have both streams; None when all have. Nothing flows to or from a stand-in for a missing stream."""
+    masks = [given.present for given in streams.values() if given.present is not None]
+    if not masks:
+        return None
+    return torch.stack(masks).all(dim=0)
+
+
+# --- one block ---------------------------------------------------------------------------------------------------
+def call_block(block: nn.Module, state: BlockState) -> BlockState:
+    """One transformer block over the streams of `state`: self attention, text, the other stream, feed-forward. Pure."""
+    sides = [side for side in SIDES if side.name in state.streams]
+    vectors = {side.name: _vectors(side.of(block, "scale_shift_table"), state.streams[side.name], "modulation") for side in sides}
+    hidden = {name: stream.hidden for name, stream in state.streams.items()}
+    for side in sides:
+        hidden[side.name] = _attend_self(block, side, state.streams[side.name], hidden[side.name], vectors[side.name])
+    for side in sides:
+        hidden[side.name] = _attend_text(block, side, state, hidden[side.name], vectors[side.name])
+    if len(sides) == len(SIDES):
+        hidden |= _attend_across(block, state, hidden)
+    for side in sides:
+        hidden[side.name] = _feed_forward(block, side, hidden[side.name], vectors[side.name])
+    return state.with_hidden(hidden)
+
+
+def _vectors(table: Tensor, stream: TokenStream, name: str) -> tuple[Tensor, ...]:
+    """N modulation vectors (B, 1 or S, D): the block's own table (N, D) plus the timestep's share."""
+    embedded = stream.aligned[name].tensor
+    return (table + embedded.reshape(*embedded.shape[:2], *table.shape)).unbind(dim=2)
+
+
+def _rotary(stream: TokenStream, name: str) -> Rotary:
+    return stream.aligned[f"{name}_cos"].tensor, stream.aligned[f"{name}_sin"].tensor
+
+
+def _attend(
+    attention: Any, hidden: Tensor, context: Tensor | None = None, query: Rotary | None = None, key: Rotary | None = None
+) -> Tensor:
+    """diffusers' processor without `LTX2Attention.forward`, which inspects the processor's signature on every call."""
+    attended: Tensor = attention.processor(attention, hidden, context, None, query, key)
+    return attended
+
+
+def _attend_self(block: nn.Module, side: Side, stream: TokenStream, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+    shift, scale, gate = vectors[:3]
+    normed = side.of(block, "norm1")(hidden) * (1 + scale) + shift
+    return hidden + _attend(side.of(block, "attn1"), normed, query=_rotary(stream, "rope")) * gate
+
+
+def _attend_text(block: Any, side: Side, state: BlockState, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+    """Cross attention to the caption; with 9 vectors (2.3 on) queries, keys and result are modulated too."""
+    text = state.shared[f"{side.name}.text"]
+    normed = side.of(block, "norm2")(hidden)
+    if block.cross_attn_adaln:
+        table = side.of(block, "prompt_scale_shift_table")
+        prompt = state.shared.get(f"{side.name}.prompt")
+        values = table[None, None].to(hidden.dtype) if prompt is None else table + prompt.reshape(*prompt.shape[:2], *table.shape)
+        text_shift, text_scale = values.unbind(dim=2)
+        text = text * (1 + text_scale) + text_shift
+    if len(vectors) == 9:
+        shift, scale, gate = vectors[6:]
+        return hidden + _attend(side.of(block, "attn2"), normed * (1 + scale) + shift, text) * gate
+    return hidden + _attend(side.of(block, "attn2"), normed, text)
+
+
+def _attend_across(block: nn.Module, state: BlockState, hidden: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Both cross-modal attentions, each reading the tokens from before either. Tables are ordered (scale, shift), gate last."""
+    normed = {side.name: getattr(block, side.cross_norm)(hidden[side.name]) for side in SIDES}
+    vectors = {
+        side.name: _vectors(getattr(block, side.cross_table)[:4], state.streams[side.name], "cross_modulation") for side in SIDES
+    }
+    present = state.shared.get("cross_present")
+    result: dict[str, Tensor] = {}
+    for side, other, first in ((VIDEO, AUDIO, 0), (AUDIO, VIDEO, 2)):  # vectors 0 and 1: sound to picture; 2 and 3: picture to sound
+        queries, keys = (
+            normed[name] * (1 + vectors[name][first]) + vectors[name][first + 1] for name in (side.name, other.name)
+        )
+        gate = getattr(block, side.cross_table)[4:] + state.shared[f"{side.name}.cross_gate"]
+        attended = _attend(
+            getattr(block, side.cross_attention), queries, keys,
+            _rotary(state.streams[side.name], "cross_rope"), _rotary(state.streams[other.name], "cross_rope"),
+        )
+        change = gate * attended
+        result[side.name] = hidden[side.name] + (change if present is None else change * present.to(change.dtype))
+    return result
+
+
+def _feed_forward(block: nn.Module, side: Side, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+    shift, scale, gate = vectors[3:6]
+    normed = side.of(block, "norm3")(hidden) * (1 + scale) + shift
+    changed: Tensor = hidden + side.of(block, "ff")(normed) * gate
+    return changed
+
+
+# --- after the blocks --------------------------------------------------------------------------------------------
+def exit(model: nn.Module, state: BlockState) -> Prediction:
+    """Velocity (B, S, C) of each stream, in the weights' dtype."""
+    return Prediction({side.name: _predict(model, side, state.streams[side.name]) for side in SIDES if side.name in state.streams})
+
+
+def _predict(model: nn.Module, side: Side, stream: TokenStream) -> Tensor:
+    time = stream.aligned["time"].tensor
+    shift, scale = (side.of(model, "scale_shift_table") + time[:, :, None]).unbind(dim=2)
+    normed = side.of(model, "norm_out")(stream.hidden) * (1 + scale) + shift
+    velocity: Tensor = side.of(model, "proj_out")(normed)
+    return velocity

@@ -1,0 +1,281 @@
+"""The three parts of the forward pass against diffusers' own forward, and against formulas where diffusers differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import LTX2VideoTransformer3DModel
+from torch import Tensor
+
+from ltxvideo2.ltx2_models import GRID, LENGTH, RATES, batch_and_noise, transformer
+from tuner.interfaces.blocks import Aligned, BlockState, TokenStream
+from tuner.interfaces.family import Batch, Noise
+from tuner_ltxvideo2 import transformer as forward
+
+torch.set_num_threads(1)
+S = GRID[0] * GRID[1] * GRID[2]
+SHARED = {"video": (0.8, 0.35), "audio": (0.8, 0.35)}
+APART = {"video": (0.8, 0.35), "audio": (0.15, 0.6)}
+CONDITIONED = torch.stack([torch.arange(S) < GRID[1] * GRID[2], torch.zeros(S, dtype=torch.bool)])
+
+
+def predict(model: LTX2VideoTransformer3DModel, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+    state = forward.enter(model, batch, noise, forward.RotaryTables())
+    for block in forward.transformer_blocks(model):
+        state = forward.call_block(block, state)
+    return dict(forward.exit(model, state).streams)
+
+
+def reference(
+    model: LTX2VideoTransformer3DModel, batch: Batch, noise: Noise, *, isolate: bool = False, cross_timestep: bool = True
+) -> dict[str, Tensor]:
+    """diffusers' own forward; one sample at a time, since it takes one frame rate."""
+    parts: dict[str, list[Tensor]] = {"video": [], "audio": []}
+    for i, rate in enumerate(batch.frame_rate):
+        one = slice(i, i + 1)
+        sigma = {name: noise.streams[name].sigma[one] * 1000 for name in ("video", "audio")}
+        video, audio = model(
+            hidden_states=noise.streams["video"].noisy[one], audio_hidden_states=noise.streams["audio"].noisy[one],
+            encoder_hidden_states=batch.text["video"][one], audio_encoder_hidden_states=batch.text["audio"][one],
+            timestep=sigma["video"], audio_timestep=sigma["audio"], sigma=sigma["video"], audio_sigma=sigma["audio"],
+            num_frames=GRID[0], height=GRID[1], width=GRID[2], fps=rate, audio_num_frames=LENGTH,
+            isolate_modalities=isolate, use_cross_timestep=cross_timestep, return_dict=False,
+        )
+        parts["video"].append(video)
+        parts["audio"].append(audio)
+    return {name: torch.cat(part) for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+@pytest.mark.parametrize("generation", ["2.0", "2.3"])
+def test_forward_equals_diffusers_where_both_streams_share_one_sigma(generation: str, rope_type: str) -> None:
+    model = transformer(generation, rope_type, cross_attn_timestep_scale_multiplier=1000)
+    mask = (torch.arange(LENGTH) < 4).float().expand(2, LENGTH)
+    with torch.no_grad():
+        plain, masked = (predict(model, *batch_and_noise(model, SHARED, loss_mask=given)) for given in (None, mask))
+        for cross_timestep in (True, False):
+            expected = reference(model, *batch_and_noise(model, SHARED), cross_timestep=cross_timestep)
+            for name in ("video", "audio"):
+                torch.testing.assert_close(plain[name], expected[name], atol=1e-5, rtol=1e-5)
+                assert torch.equal(plain[name], masked[name]), "a loss mask must not reach the prediction"
+
+
+def test_static_prompt_table_without_prompt_adaln() -> None:
+    model = transformer("2.3", use_prompt_adaln_single=False)
+    with torch.no_grad():
+        given = batch_and_noise(model, SHARED)
+        expected = reference(model, *given)
+        got = predict(model, *given)
+    for name, values in got.items():
+        torch.testing.assert_close(values, expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("generation", ["2.0", "2.3"])
+def test_call_block_equals_diffusers_block(generation: str) -> None:
+    model = transformer(generation)
+    with torch.no_grad():
+        state = forward.enter(model, *batch_and_noise(model, APART, conditioned=CONDITIONED), forward.RotaryTables())
+        block = forward.transformer_blocks(model)[0]
+        video, audio = (state.streams[name] for name in ("video", "audio"))
+
+        def rotary(stream: TokenStream, name: str) -> tuple[Tensor, Tensor]:
+            return stream.aligned[f"{name}_cos"].tensor, stream.aligned[f"{name}_sin"].tensor
+
+        expected = block(
+            video.hidden, audio.hidden, state.shared["video.text"], state.shared["audio.text"],
+            video.aligned["modulation"].tensor, audio.aligned["modulation"].tensor,
+            video.aligned["cross_modulation"].tensor, audio.aligned["cross_modulation"].tensor,
+            state.shared["video.cross_gate"], state.shared["audio.cross_gate"],
+            temb_prompt=state.shared.get("video.prompt"), temb_prompt_audio=state.shared.get("audio.prompt"),
+            video_rotary_emb=rotary(video, "rope"), audio_rotary_emb=rotary(audio, "rope"),
+            ca_video_rotary_emb=rotary(video, "cross_rope"), ca_audio_rotary_emb=rotary(audio, "cross_rope"),
+        )
+        got = forward.call_block(block, state)
+    assert torch.equal(got.streams["video"].hidden, expected[0])
+    assert torch.equal(got.streams["audio"].hidden, expected[1])
+    assert got.shared is state.shared
+    assert got.streams["video"].aligned is video.aligned
+
+
+def test_timesteps_per_token_agree_with_timesteps_per_sample() -> None:
+    model = transformer("2.3")
+    none_conditioned = torch.zeros(2, S, dtype=torch.bool)
+    with torch.no_grad():
+        per_sample = predict(model, *batch_and_noise(model, APART))
+        per_token = predict(model, *batch_and_noise(model, APART, conditioned=none_conditioned))
+        state = forward.enter(model, *batch_and_noise(model, APART), forward.RotaryTables())
+    for name, values in per_sample.items():
+        torch.testing.assert_close(per_token[name], values, atol=1e-6, rtol=1e-5)
+    assert state.streams["video"].aligned["modulation"].tensor.shape == (2, 1, 9 * 64), "no (B, S, N·D) tensor without need"
+
+
+@pytest.mark.parametrize("generation", ["2.0", "2.3"])
+def test_modulation_follows_own_timestep_and_gate_follows_the_other_sigma(generation: str) -> None:
+    """The embeddings written out with diffusers' submodules, different sigmas in the streams, some video tokens given clean."""
+    model = transformer(generation)
+    with torch.no_grad():
+        state = forward.enter(model, *batch_and_noise(model, APART, conditioned=CONDITIONED), forward.RotaryTables())
+        sigma = {name: torch.tensor(values) for name, values in APART.items()}
+        own = torch.where(CONDITIONED, 0.0, sigma["video"][:, None].expand(2, S)) * 1000
+
+        def embed(module: torch.nn.Module, timestep: Tensor) -> Tensor:
+            return module(timestep.flatten(), batch_size=2, hidden_dtype=torch.float32)[0].view(2, -1, module.linear.out_features)
+
+        video, audio = (state.streams[name].aligned for name in ("video", "audio"))
+        expected = {
+            "modulation": (video["modulation"], embed(model.time_embed, own)),
+            "audio modulation": (audio["modulation"], embed(model.audio_time_embed, sigma["audio"] * 1000)),
+            "cross": (video["cross_modulation"], embed(model.av_cross_attn_video_scale_shift, own)),
+            "audio cross": (audio["cross_modulation"], embed(model.av_cross_attn_audio_scale_shift, sigma["audio"] * 1000)),
+        }
+        for name, (got, wanted) in expected.items():
+            torch.testing.assert_close(got.tensor, wanted, atol=1e-5, rtol=1e-5, msg=name)
+        # 700: this small model's cross_attn_timestep_scale_multiplier
+        torch.testing.assert_close(state.shared["video.cross_gate"], embed(model.av_cross_attn_video_a2v_gate, sigma["audio"] * 700))
+        torch.testing.assert_close(state.shared["audio.cross_gate"], embed(model.av_cross_attn_audio_v2a_gate, sigma["video"] * 700))
+        if generation == "2.3":
+            torch.testing.assert_close(state.shared["video.prompt"], embed(model.prompt_adaln, sigma["video"] * 1000))
+            torch.testing.assert_close(state.shared["audio.prompt"], embed(model.audio_prompt_adaln, sigma["audio"] * 1000))
+
+
+def test_clean_stream_is_given_whole_at_timestep_zero() -> None:
+    model = transformer("2.0")
+    batch, noise = batch_and_noise(model, APART)
+    given = dataclasses.replace(batch, streams={**batch.streams, "audio": dataclasses.replace(batch.streams["audio"], clean=True)})
+    by_hand = batch_and_noise(model, {"video": APART["video"], "audio": (0.0, 0.0)})
+    with torch.no_grad():
+        torch.testing.assert_close(predict(model, given, noise)["video"], predict(model, *by_hand)["video"])
+
+
+def _permuted(stream: TokenStream, order: Tensor) -> TokenStream:
+    def select(aligned: Aligned) -> Aligned:
+        tensor = aligned.tensor
+        for dim in aligned.token_dims:
+            tensor = tensor.index_select(dim, order) if tensor.shape[dim] > 1 else tensor
+        return dataclasses.replace(aligned, tensor=tensor)
+
+    return dataclasses.replace(
+        stream, hidden=stream.hidden[:, order], aligned={name: select(a) for name, a in stream.aligned.items()}
+    )
+
+
+@pytest.mark.parametrize("name", ["video", "audio"])
+@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+def test_permuted_tokens_give_permuted_predictions(rope_type: str, name: str) -> None:
+    model = transformer("2.3", rope_type)
+    order = torch.randperm(S if name == "video" else LENGTH, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        state = forward.enter(model, *batch_and_noise(model, APART, conditioned=CONDITIONED), forward.RotaryTables())
+        shuffled = BlockState({**state.streams, name: _permuted(state.streams[name], order)}, state.shared)
+        for block in forward.transformer_blocks(model):
+            state, shuffled = forward.call_block(block, state), forward.call_block(block, shuffled)
+        plain, other = (forward.exit(model, s).streams for s in (state, shuffled))
+    for stream in ("video", "audio"):
+        expected = plain[stream][:, order] if stream == name else plain[stream]
+        torch.testing.assert_close(other[stream], expected, atol=2e-5, rtol=1e-5)
+
+
+# --- one stream alone --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("name", "drop"), [("video", forward.drop_audio), ("audio", forward.drop_video)])
+@pytest.mark.parametrize("generation", ["2.0", "2.3"])
+def test_one_stream_alone_equals_the_full_model_without_cross_attention(
+    generation: str, name: str, drop: Callable[[torch.nn.Module], None]
+) -> None:
+    model = transformer(generation)
+    with torch.no_grad():
+        expected = reference(model, *batch_and_noise(model, APART), isolate=True)[name]
+        both = batch_and_noise(model, APART)
+        alone = dataclasses.replace(both[0], streams={name: both[0].streams[name]}), Noise({name: both[1].streams[name]})
+        unused_still_there = predict(model, *alone)[name]
+        every = {key for key, _ in model.named_parameters()}
+        drop(model)
+        torch.testing.assert_close(predict(model, *alone)[name], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(unused_still_there, predict(model, *alone)[name])
+    left = {key for key, _ in model.named_parameters()}
+    assert left == {key for key in every if forward.streams_of(key) == {name}}
+    skip = forward.skip_for((name,))
+    assert left == {key for key in every if not skip(key)}
+
+
+def test_video_alone_holds_no_parameter_with_an_audio_name() -> None:
+    model = transformer("2.3")
+    forward.drop_audio(model)
+    names = [name for name, _ in [*model.named_parameters(), *model.named_modules()]]
+    assert not [name for name in names if "audio" in name or "av_cross" in name or "a2v" in name or "v2a" in name]
+
+
+def test_sample_without_sound_is_not_touched_by_its_stand_in() -> None:
+    model = transformer("2.0")
+    with torch.no_grad():
+        batch, noise = batch_and_noise(model, APART, present=torch.tensor([True, False]))
+        mixed = predict(model, batch, noise)["video"]
+        full = predict(model, *batch_and_noise(model, APART))["video"]
+        forward.drop_audio(model)
+        alone = predict(model, dataclasses.replace(batch, streams={"video": batch.streams["video"]}), noise)["video"]
+    torch.testing.assert_close(mixed[0], full[0])
+    torch.testing.assert_close(mixed[1], alone[1], atol=1e-6, rtol=1e-5)
+
+
+# --- real dimensions ---------------------------------------------------------------------------------------------
+def test_real_size_has_the_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = LTX2VideoTransformer3DModel(attention_head_dim=128, rope_type="split")
+    count = {name: sum(p.numel() for key, p in model.named_parameters() if forward.streams_of(key) == streams)
+             for name, streams in {"video": {"video"}, "audio": {"audio"}, "cross": {"video", "audio"}}.items()}
+    assert round(sum(count.values()) / 1e9, 3) == 18.876
+    assert round((count["audio"] + count["cross"]) * 2 / 1e9, 1) == 11.7, "GB of bf16 that video-only training never loads"
+
+
+# --- dtype, tables, compilation ----------------------------------------------------------------------------------
+def test_timestep_stays_fp32_up_to_its_embedding() -> None:
+    """In bf16 873.2 would be 872: the bf16 model's modulation must be that of 873.2."""
+    model = transformer("2.0").to(torch.bfloat16)
+    with torch.no_grad():
+        state = forward.enter(model, *batch_and_noise(model, {"video": (0.8732, 0.8732)}), forward.RotaryTables())
+        right, rounded = (
+            model.time_embed(torch.tensor([t, t]), batch_size=2, hidden_dtype=torch.bfloat16)[0][:, None] for t in (873.2, 872.0)
+        )
+    got = state.streams["video"].aligned["modulation"].tensor
+    assert torch.equal(got, right)
+    assert not torch.equal(got, rounded)
+    assert state.streams["video"].hidden.dtype == torch.bfloat16
+    assert state.streams["video"].aligned["rope_cos"].tensor.dtype == torch.float32
+
+
+def test_rotary_tables_are_built_once_and_bounded() -> None:
+    model = transformer()
+    tables = forward.RotaryTables(capacity=2)
+    device = torch.device("cpu")
+
+    def table(rates: tuple[float, ...], grid: tuple[int, int, int] = GRID) -> Tensor:
+        return tables.for_batch(model, forward.VIDEO, grid, rates, device, cross=False)[0]
+
+    assert table((25.0, 25.0)).data_ptr() == table((25.0, 25.0)).data_ptr()
+    mixed = table(RATES)
+    assert torch.equal(mixed[0], table((25.0,))[0])
+    assert torch.equal(mixed[1], table((24.0,))[0])
+    assert not torch.equal(mixed[0], mixed[1])
+    for frames in range(1, 6):
+        table((25.0,), (frames, 2, 2))
+    assert [len(kept) for kept in tables._tables.values()] == [2]
+
+
+def test_gradients_reach_the_weights_through_all_parts() -> None:
+    model = transformer("2.0", layers=1).requires_grad_(True)
+    prediction = predict(model, *batch_and_noise(model, APART))
+    sum(values.square().mean() for values in prediction.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_call_block_is_one_graph() -> None:
+    """No data-dependent branch: the block exports as a single graph. (The eager back end compiles nothing.)"""
+    model = transformer("2.3", layers=1)
+    compiled = torch.compile(forward.call_block, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        state = forward.enter(model, *batch_and_noise(model, APART, conditioned=CONDITIONED), forward.RotaryTables())
+        block = forward.transformer_blocks(model)[0]
+        got, expected = compiled(block, state), forward.call_block(block, state)
+    torch.testing.assert_close(got.streams["audio"].hidden, expected.streams["audio"].hidden)
