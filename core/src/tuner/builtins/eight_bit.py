@@ -11,7 +11,7 @@ import torchao.optim
 from torch import nn
 
 from tuner.builtins.options import AdamOptions
-from tuner.data.randomness import derived_seed
+from tuner.data.randomness import generator
 
 
 class SeededAdamW8bit(torchao.optim.AdamW8bit):
@@ -35,11 +35,12 @@ class SeededAdamW8bit(torchao.optim.AdamW8bit):
     def _seeded(self, devices: set[torch.device], step: int) -> Iterator[None]:
         """Global generators seeded for this step, and as they were afterwards."""
         with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
-            torch.manual_seed(derived_seed(self._seed, "rounding", step))
+            torch.manual_seed(generator(self._seed, "rounding", step).initial_seed())
             yield
 
     def _compiled_where_worth_it(self, devices: set[torch.device]) -> contextlib.AbstractContextManager[Any]:
         """torchao compiles its update for every shape: seconds each, which on a CPU no run wins back."""
         if all(device.type == "cpu" for device in devices):
-            return torch.compiler.set_stance("force_eager")
+            eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            return eager
         return contextlib.nullcontext()

@@ -70,15 +70,15 @@ class PeftFormat(CheckpointFormat):
 def _pairs(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     odd = [key for key in tensors if not (key.startswith(PREFIX) and key.endswith(ENDS))]
     if odd or not tensors:
-        raise CheckpointError(
-            f"{len(odd)} of {len(tensors)} tensors do not belong to a peft adapter of a transformer", where=str(path), value=odd[0] if odd else None
-        )
+        problem = f"{len(odd)} of {len(tensors)} tensors do not belong to a peft adapter of a transformer"
+        raise CheckpointError(problem, where=str(path), value=odd[0] if odd else None)
     # Each end is as long as the other, so the module's name lies between the prefix and either.
     modules = dict.fromkeys(key[len(PREFIX):-len(ENDS[0])] for key in tensors)
     for module in modules:
         missing = [end for end in ENDS if PREFIX + module + end not in tensors]
         if missing:
-            raise CheckpointError(f"{PREFIX}{module}{missing[0]} is missing", where=str(path), remedy="the file is not complete; use another copy")
+            problem = f"{PREFIX}{module}{missing[0]} is missing"
+            raise CheckpointError(problem, where=str(path), remedy="the file is not complete; use another copy")
     return {module: (tensors[PREFIX + module + ENDS[0]], tensors[PREFIX + module + ENDS[1]]) for module in modules}
 
 

@@ -81,7 +81,10 @@ class SigmaBands:
         return (index[:, None] == torch.arange(bands, device=index.device)).double()
 
     def flush(self) -> dict[str, float]:
-        """Means since the last call, by `loss/<name>` and `loss/<name>/sigma_0.25-0.50`, in one transfer; what was never counted is left out."""
+        """Means since the last call, by `loss/<name>` and `loss/<name>/sigma_0.25-0.50`, in one transfer.
+
+        What was never counted is left out.
+        """
         names = list(self._totals)
         if not names:
             return {}

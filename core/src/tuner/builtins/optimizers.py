@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.builtins.options import AdamOptions
-from tuner.data.randomness import derived_seed
+from tuner.data.randomness import generator
 from tuner.errors import EnvironmentProblem
 
 CHUNK_ELEMENTS = 1 << 24
@@ -92,7 +92,7 @@ class AdamWBF16(torch.optim.Optimizer):
         square = flat([state["exp_avg_sq"] for state in states]).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
         weight.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
-        draws = torch.Generator(weight.device).manual_seed(derived_seed(self._seed, "rounding", step, *place))
+        draws = torch.Generator(weight.device).manual_seed(generator(self._seed, "rounding", step, *place).initial_seed())
         store(weight, [p.detach() for p in chunk], draws)
         store(mean, [state["exp_avg"] for state in states], draws)
         store(square, [state["exp_avg_sq"] for state in states], draws)
@@ -142,7 +142,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 def store(values: Tensor, targets: Sequence[Tensor], draws: torch.Generator) -> None:
     """Writes `values` (N,) float32 into `targets` one after the other, rounding stochastically where they are bfloat16."""
     rounded = round_stochastically(values, draws) if targets[0].dtype == torch.bfloat16 else values
-    parts = rounded.split([target.numel() for target in targets])
+    parts = torch.split(rounded, [target.numel() for target in targets])
     torch._foreach_copy_(list(targets), [part.view(target.shape) for part, target in zip(parts, targets, strict=True)])
 
 

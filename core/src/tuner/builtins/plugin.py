@@ -19,11 +19,11 @@ def tuner_register_optimizers() -> list[Component]:
             "adamw_bf16", "AdamW whose weights and state stay in bf16, stochastically rounded", AdamOptions,
             "tuner.builtins.optimizers:AdamWBF16", PAPER,
         ),
-        Component("adamw8bit", "AdamW with state in 8 bits (torchao)", AdamOptions, "tuner.builtins.optimizers:AdamW8bit", PAPER),
+        Component("adamw8bit", "AdamW with state in 8 bits", AdamOptions, "tuner.builtins.optimizers:AdamW8bit", PAPER),
     ]
 
 
 @hookimpl
 def tuner_register_checkpoint_formats() -> list[Component]:
     """The layout that peft reads."""
-    return [Component("peft", "adapter folder file as peft reads it", Options, "tuner.builtins.formats:PeftFormat")]
+    return [Component("peft", "adapter file as peft reads it", Options, "tuner.builtins.formats:PeftFormat")]

@@ -25,17 +25,15 @@ def configured_command(name: str, summary: str, run: Run, extra: Sequence[click.
     registry = load_plugins()
     own = {parameter.name for parameter in extra} | {"config"}
 
-    def callback(**given: Any) -> None:
+    def callback(**given: Any) -> int:
         arguments = {key: value for key, value in given.items() if key in own}
         flags = collect({key: value for key, value in given.items() if key not in own})
         explicit = Path(arguments["config"]) if arguments["config"] else None
         settings = resolve(
             registry.option_types, config_file=find_config(explicit, Path.cwd()), flags=flags, environ=os.environ,
-            hint=registry.failures_hint(),
+            hint=registry.hint(),
         )  # fmt: skip
-        code = run(registry, settings, arguments)
-        if code:
-            raise SystemExit(code)
+        return run(registry, settings, arguments)
 
     config = click.Option(["--config"], metavar="FILE", help="Configuration file; config/config.json is found by itself.")
     return click.Command(name, params=[*extra, config, *flags_for(registry.option_types)], callback=callback, help=summary)

@@ -59,7 +59,7 @@ def sizes_of_area(area: float, geometry: Geometry) -> list[tuple[int, int]]:
 
 
 def _by_shorter_side(width: int, height: int, resolution: float, geometry: Geometry) -> FrameSize:
-    scale = resolution / min(width, height)
-    asked = (round(width * scale), round(height * scale))
+    aspect = min(max(width / height, 1 / WIDEST), WIDEST)
+    asked = (round(resolution * max(aspect, 1)), round(resolution / min(aspect, 1)))
     snapped = (geometry.snap_size(asked[0]), geometry.snap_size(asked[1]))
     return FrameSize(*snapped, None if snapped == asked else asked)

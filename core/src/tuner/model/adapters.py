@@ -83,7 +83,7 @@ def add_adapters(model: nn.Module, targets: Sequence[str], settings: AdapterSett
         raise ConfigError("no layer to adapt", where=TARGETS_KEY)
     model.requires_grad_(False)
     config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=adapter_alpha(settings), lora_dropout=settings.lora_dropout, bias="none", target_modules=list(targets)
+        r=settings.lora_rank, lora_alpha=adapter_alpha(settings), lora_dropout=settings.lora_dropout, target_modules=list(targets)
     )
     # peft reads `target_modules` as name endings, so "proj" would adapt "audio.proj" too; names of a state dict it takes as they are,
     # and warns where the two readings differ.
@@ -167,7 +167,8 @@ def _check_fit(layers: dict[str, LoraLayer], state: AdapterState) -> None:
     for name, layer in layers.items():
         expected, found = [tuple(p.shape) for p in _matrices(layer)], [tuple(t.shape) for t in state.weights[name]]
         if expected != found:
-            raise CheckpointError(f"shapes are {found}, the model's {expected}", where=name, remedy="use the lora_rank and model it was trained with")
+            problem = f"shapes are {found}, the model's {expected}"
+            raise CheckpointError(problem, where=name, remedy="use the lora_rank and model it was trained with")
         if not math.isclose(float(layer.scaling[ADAPTER]), state.alpha / state.rank, rel_tol=1e-6):
             raise CheckpointError(
                 f"alpha / rank is {state.alpha / state.rank:g}, here {float(layer.scaling[ADAPTER]):g}", where=name,

@@ -7,7 +7,7 @@ the order of names, and an error is known to be that plugin's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ class Registry:
             raise PluginError(words, where=where, value=name, remedy=f"{absences(culprits or missing)}; {advice}")
         raise ConfigError(words, where=where, value=name, remedy="; ".join(filter(None, [advice, absences(missing)])))
 
-    def hint(self) -> str:
+    def failures_hint(self) -> str:
         """Which plugins did not load and why, for errors about unknown keys; empty when all did."""
         return absences([record for record in self.plugins if record.status != "loaded"])
 
@@ -102,7 +102,7 @@ class Registry:
         warnings: list[str] = []
         for plugin in self._active():
             offered = click.Group()
-            warnings.extend(self._attempt(plugin, lambda plugin=plugin, group=offered: plugin.call("tuner_register_commands", cli=group)))  # type: ignore[misc]
+            warnings.extend(self._attempt(plugin, "tuner_register_commands", cli=offered))
             taken = [name for name in offered.commands if name in cli.list_commands(click.Context(cli))]
             warnings.extend(_warn(plugin, f"its command {name!r} exists already and is left out") for name in taken)
             for name, command in offered.commands.items():
@@ -111,13 +111,13 @@ class Registry:
         return tuple(warnings)
 
     def _notify(self, hook: str, **arguments: object) -> tuple[str, ...]:
-        return tuple(warning for plugin in self._active() for warning in self._attempt(plugin, lambda p=plugin: p.call(hook, **arguments)))  # type: ignore[misc]
+        return tuple(warning for plugin in self._active() for warning in self._attempt(plugin, hook, **arguments))
 
-    def _attempt(self, plugin: LoadedPlugin, call: Callable[[], object]) -> list[str]:
+    def _attempt(self, plugin: LoadedPlugin, hook: str, **arguments: object) -> list[str]:
         try:
-            call()
+            plugin.call(hook, **arguments)
         except Exception as error:
-            return [_warn(plugin, reason_of(error))]
+            return [_warn(plugin, f"{hook} failed: {reason_of(error)}")]
         return []
 
     def _active(self) -> Iterator[LoadedPlugin]:

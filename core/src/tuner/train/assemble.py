@@ -80,7 +80,7 @@ def _with_optimizer(
     settings = plan.settings.get(OptimizerSettings)
     component = plan.registry.component("optimizer", settings.optimizer)
     factory = component.load()
-    masters = MasterWeights(trained, low_precision=bool(getattr(factory, "wants_low_precision", False)))
+    masters = MasterWeights(dict(trained), low_precision=bool(getattr(factory, "wants_low_precision", False)))
     optimizer = factory(masters.optimized(), settings.learning_rate, plan.settings.get(component.options))  # type: ignore[operator]
     schedule = make_schedule(optimizer, settings, plan.total_steps)
     train = plan.settings.get(TrainSettings)

@@ -48,10 +48,6 @@ _PART_NAME = re.compile(r"\w[\w.-]*")
 _log = logging.getLogger("tuner.checkpoint")
 
 
-def _after(point: str) -> None:
-    """Called after every stage of a save that leaves a trace on the disk. Does nothing: tests end the process here."""
-
-
 @dataclass(frozen=True)
 class LoadedCheckpoint:
     """What `save_checkpoint` was given; tensors on the CPU."""
@@ -98,29 +94,22 @@ def save_checkpoint(
 def _write(temporary: Path, parts: Mapping[str, Mapping[str, Tensor]], state: str, extra: Callable[[Path], None] | None) -> None:
     """Everything up to and including the guard, synced."""
     temporary.mkdir()
-    _after("folder")
     if extra is not None:
         extra(temporary)
-        _after("extra")
     for name, tensors in parts.items():
         path = temporary / f"{name}.safetensors"
         if not _PART_NAME.fullmatch(name) or path.exists():
             raise ValueError(f"{name!r} cannot name a part: it is no plain file name, or `extra` wrote a file of that name")
         _write_part(path, tensors)
-        _after(path.name)
     (temporary / STATE).write_text(state, encoding="utf-8")
-    _after(STATE)
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     entries = {path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
     (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
     for path in [*files, temporary / MANIFEST]:
         _sync(path)
-    _after(MANIFEST)
     (temporary / GUARD).write_text(_digest(temporary / MANIFEST) + "\n", encoding="ascii")
-    _after("guard unsynced")
     for path in [temporary / GUARD, *(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
         _sync(path)
-    _after(GUARD)
 
 
 def _write_part(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -153,11 +142,8 @@ def _commit(temporary: Path, final: Path) -> None:
     old = final.with_name(f".{final.name}.old-{os.getpid()}")
     if final.exists():
         final.rename(old)
-        _after("old moved")
     temporary.rename(final)
-    _after("renamed")
     _sync(final.parent)
-    _after("parent synced")
     try:
         verify_checkpoint(final)
     except CheckpointError as error:
@@ -167,9 +153,7 @@ def _commit(temporary: Path, final: Path) -> None:
         raise DiskError(
             f"the checkpoint read back differs from what was written: {error.message}", where=error.where, remedy="check the disk"
         ) from error
-    _after("verified")
     shutil.rmtree(old, ignore_errors=True)
-    _after("old removed")
 
 
 def _clean_leftovers(folder: Path) -> None:
@@ -183,7 +167,6 @@ def _clean_leftovers(folder: Path) -> None:
             path.rename(final)
         else:
             shutil.rmtree(path)
-        _after(f"cleaned {path.name}")
 
 
 def _prune(folder: Path, newest: Path, keep: int) -> None:
@@ -192,9 +175,7 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
     for path in intact[: max(0, len(intact) - (keep - 1))] if keep else []:
         doomed = path.with_name(f".checkpoint-{_step_in(path)}.pruned-{os.getpid()}")
         path.rename(doomed)
-        _after(f"prune renamed {path.name}")
         shutil.rmtree(doomed)
-        _after(f"prune deleted {path.name}")
 
 
 def _bytes_of(parts: Mapping[str, Mapping[str, Tensor]]) -> int:
@@ -345,11 +326,15 @@ def _files(path: Path) -> dict[str, dict[str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "it holds no JSON object")
     if content.get("format", 0) > FORMAT:
-        raise CheckpointError(f"written by a newer version (format {content['format']}, known: {FORMAT})", where=str(path), remedy="update tuner")
+        raise CheckpointError(
+            f"written by a newer version, in format {content['format']}; known is {FORMAT}", where=str(path), remedy="update tuner"
+        )
     return content
 
 

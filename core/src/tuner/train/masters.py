@@ -1,8 +1,8 @@
 """Master weights: what the optimizer steps, where that is not what the model computes with.
 
-The model computes in its own dtype. A bfloat16 parameter that is trained gets a float32 copy here, which takes the updates and is rounded
-back into the model after each step; gradients of several batches are added up in float32. A parameter that is not bfloat16 or float16 is its
-own master, and so is every parameter if the optimizer asks for low precision (`wants_low_precision`).
+The model computes in its own dtype. A bfloat16 parameter that is trained gets a float32 copy here, which takes the updates and is
+rounded back into the model after each step; gradients of several batches are added up in float32. A float32 parameter is its own
+master, and so is every parameter if the optimizer asks for low precision (`wants_low_precision`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MasterWeights:
             return torch.zeros(())
         # Measured in float32 also where gradients are bfloat16, whose own norm would be good to three digits only.
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.optimized(), max_norm, total)
         return total
@@ -86,9 +86,8 @@ class MasterWeights:
         odd = sorted(set(self._masters) ^ set(state))
         if odd:
             side = "is missing from" if odd[0] in self._masters else "is trained only in"
-            raise CheckpointError(
-                f"{len(odd)} trained tensors differ; the first {side} the checkpoint", where=odd[0], remedy="resume with the settings of that run"
-            )
+            problem = f"{len(odd)} trained tensors differ; the first {side} the checkpoint"
+            raise CheckpointError(problem, where=odd[0], remedy="resume with the settings of that run")
         for name, master in self._masters.items():
             found = state[name]
             if found.shape != master.shape or found.dtype != master.dtype:

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tuner.config.resolve import Settings
-from tuner.config.settings import DataSettings, ValidationSettings
+from tuner.config.settings import AdapterSettings, DataSettings, ValidationSettings
 from tuner.errors import ConfigError
-from tuner.model.adapters import load_adapter_state
+from tuner.model.adapters import add_adapters, load_adapter_state
 from tuner.model.runner import BlockRunner
 from tuner.plugins.registry import Registry
 from tuner.train.export import check_adapter, read_adapter
@@ -32,10 +32,12 @@ def sample(
     request = replace(request, prompt=prompt or request.prompt)
     model = family.load(plan.source, streams, plan.context.dtype, device)
     model.requires_grad_(False)
-    if lora is not None:
+    if lora is not None and strength > 0:
         adapter = read_adapter(registry, lora)
         check_adapter(adapter, plan.source.headers("transformer"), str(lora))
-        load_adapter_state(model, replace(adapter, alpha=adapter.alpha * strength))
+        adapter = replace(adapter, alpha=adapter.alpha * strength)
+        add_adapters(model, adapter.targets, AdapterSettings(lora_rank=adapter.rank, lora_alpha=adapter.alpha), 0)
+        load_adapter_state(model, adapter)
     model.eval()
     runner = BlockRunner(family.block_set(model), family.call_block)
     generated = family.sample(model, plan.source, [request], runner, streams)[0]

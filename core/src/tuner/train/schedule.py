@@ -12,7 +12,8 @@ from tuner.config.settings import OptimizerSettings
 def make_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: int) -> LRScheduler:
     """Steps once per optimizer step; the rate falls to 0 at `total_steps` where the schedule falls at all.
 
-    `constant` with warm-up steps is `constant_with_warmup`, so that the warm-up asked for takes place. With warm-up the first step has rate 0.
+    `constant` with warm-up steps is `constant_with_warmup`, so that the warm-up asked for takes place. With warm-up the first
+    step has rate 0.
     """
     name = settings.lr_scheduler
     if name == "constant" and settings.lr_warmup_steps:

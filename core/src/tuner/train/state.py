@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tuner.errors import CheckpointError
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 TRUSTED_PACKAGES = frozenset({"torch", "torchao"})
 """Whose tensor classes a file may name. A file must not be able to have any other module imported."""

@@ -6,10 +6,10 @@ Notation: a sampler with stride product s (2 time, 4 space, 8 both) turns c chan
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from tuner.errors import CheckpointError
-from tuner_ltxvideo2.variants import Headers, count_of, is_pair, shape_of
+from tuner_ltxvideo2.variants import Headers, count_of, shape_of
 
 _STRIDES: Final[Mapping[int, str]] = {2: "temporal", 4: "spatial", 8: "spatiotemporal"}
 
@@ -91,10 +91,15 @@ def _residual(config: Mapping[str, Any], blocks: int, default: bool) -> list[boo
 
     The published list runs the other way, from the picture inwards, as it does for the encoder.
     """
-    listed = [block for block in config.get("decoder_blocks", ()) if is_pair(block) and block[0].startswith("compress")]
+    listed = [block for block in config.get("decoder_blocks", ()) if _is_block(block) and block[0].startswith("compress")]
     if len(listed) != blocks:
         return [default] * blocks
     return [bool(block[1].get("residual", False)) if isinstance(block[1], Mapping) else False for block in reversed(listed)]
+
+
+def _is_block(value: object) -> TypeGuard[list[Any]]:
+    """Whether `value` is an item of the published lists: its kind and its settings."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
 def _stride(product: int, divisor: int, where: str) -> str:

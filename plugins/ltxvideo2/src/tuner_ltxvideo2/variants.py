@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeGuard
+from typing import TYPE_CHECKING, Any, Final
 
 from tuner.errors import CheckpointError
 
@@ -96,13 +96,15 @@ def detect(metadata: Mapping[str, object], headers: Mapping[str, Headers]) -> Va
         raise CheckpointError("the checkpoint holds no transformer", value=sorted(headers), remedy="give the file that holds the whole model")
     version = _version(metadata, headers["transformer"])
     original = _table(metadata, "transformer")
+    if str(original.get("_class_name", "")) not in _DIFFUSERS_CLASSES:
+        original = _released_or(original, headers["transformer"])
     config: dict[str, Mapping[str, object]] = {}
     for part in headers:
         own = _table(metadata, part)
         if str(own.get("_class_name", "")) in _DIFFUSERS_CLASSES:
             config[part] = {key: value for key, value in own.items() if not key.startswith("_")}
         elif part == "transformer":
-            config[part] = _transformer(original, headers[part], version)
+            config[part] = _transformer(original, headers[part])
         elif part == "connectors":
             config[part] = _connectors(original, headers[part])
         else:
@@ -155,9 +157,8 @@ def _released_or(config: Mapping[str, Any], headers: Headers) -> Mapping[str, An
     return {**_RELEASED, **config}
 
 
-def _transformer(config: Mapping[str, Any], headers: Headers, version: str) -> dict[str, object]:
+def _transformer(config: Mapping[str, Any], headers: Headers) -> dict[str, object]:
     """Arguments of `LTX2VideoTransformer3DModel`."""
-    config = _released_or(config, headers)
     video_max = list(config.get("positional_embedding_max_pos", (20, 2048, 2048)))
     modulated = shape_of(headers, "transformer_blocks.0.scale_shift_table")[0] == 9
     gated = "transformer_blocks.0.attn1.to_gate_logits.weight" in headers
@@ -206,8 +207,8 @@ def _connectors(config: Mapping[str, Any], headers: Headers) -> dict[str, object
         "text_proj_in_factor": shape_of(headers, f"{projection}.weight")[1] // caption,
         "connector_rope_base_seq_len": list(config.get("connector_positional_embedding_max_pos", (4096,)))[0],
         "rope_theta": config.get("positional_embedding_theta", 10000.0),
-        "rope_double_precision": config.get("frequencies_precision", "float64") == "float64",
-        "rope_type": config.get("rope_type", "split"),
+        "rope_double_precision": config.get("frequencies_precision") == "float64",
+        "rope_type": config.get("rope_type", "interleaved"),
         "per_modality_projections": split,
         "proj_bias": f"{projection}.bias" in headers,
     }
@@ -238,8 +239,3 @@ def count_of(headers: Headers, prefix: str) -> int:
     """How many numbered modules stand under `prefix`."""
     start = prefix + "."
     return len({name[len(start) :].split(".", 1)[0] for name in headers if name.startswith(start)})
-
-
-def is_pair(value: object) -> TypeGuard[list[Any]]:
-    """Whether `value` is a block of the published lists: its kind and its settings."""
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)

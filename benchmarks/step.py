@@ -1,0 +1,165 @@
+"""One LoRA training step of LTX-2: plain diffusers + peft against tuner, in one process on one device.
+
+    python benchmarks/step.py --work head                  # the comparison at real size, random weights; wants a GPU of 80 GB
+    python benchmarks/step.py --size tiny --steps 3        # the same program on a CPU, to see that it runs; its times mean nothing
+
+Peak memory counts what torch has allocated, weights included, from the first timed step on. The peer is freed before tuner's side
+is built. The ratio is against the faster of the two peers; video-only has no peer that leaves the audio branch out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from plain import WORK, Shape, StepFunction, plain_step_factory
+
+WARM_UP = 3
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    seconds: float
+    """Median of the timed steps."""
+    fastest: float
+    slowest: float
+    peak_gib: float | None
+    """None on the CPU, where it is not measured."""
+    loss: float
+    """Of the last step: shows that the numbers stayed finite."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(name: str, step: StepFunction, device: torch.device, steps: int) -> Row:
+    """Times `steps` steps one by one after a warm-up. Raises `FloatingPointError` when the loss is not finite."""
+    for _ in range(WARM_UP):
+        step()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        loss = step()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
+    if not math.isfinite(float(loss)):
+        raise FloatingPointError(f"{name}: the loss is {float(loss)}")
+    return Row(name, statistics.median(times), min(times), max(times), peak, float(loss))
+
+
+def measure_and_free(name: str, made: tuple[StepFunction, Callable[[], None]], device: torch.device, steps: int) -> Row:
+    """`measure`, after which the memory is free again in every case."""
+    step, cleanup = made
+    try:
+        return measure(name, step, device, steps)
+    finally:
+        cleanup()
+
+
+def peer_rows(shape: Shape, arguments: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Both ways to hold the adapter."""
+    rows = []
+    for lora, name in (("bf16", "diffusers + peft, LoRA in bf16"), ("fp32", "diffusers + peft, LoRA in fp32, autocast")):
+        made = plain_step_factory(shape, arguments.checkpointing, device, size=arguments.size, lora=lora)
+        rows.append(measure_and_free(name, made, device, arguments.steps))
+    return rows
+
+
+def product_row(shape: Shape, arguments: argparse.Namespace, device: torch.device) -> Row:
+    """tuner's own step."""
+    from product import product_step_factory  # tuner is not needed to time the peer alone
+
+    made = product_step_factory(shape, arguments.checkpointing, arguments.video_only, device, arguments.size)
+    return measure_and_free("tuner, video only" if arguments.video_only else "tuner", made, device, arguments.steps)
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """What a figure must be read with."""
+    facts = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "python": platform.python_version()}
+    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        facts["cuda"] = str(torch.version.cuda)
+        facts["cudnn"] = str(torch.backends.cudnn.version())
+    return facts | {name: version(name) for name in ("torch", "diffusers", "peft", "transformers")}
+
+
+def render(rows: list[Row]) -> str:
+    """The table as Markdown; ratios are peer / row, so 2.0 means twice as fast as the faster peer."""
+    peers = [row.seconds for row in rows if not row.name.startswith("tuner")]
+    lines = ["| Step | s/step (median) | fastest - slowest | peak GiB | speed against the peer |", "|---|---|---|---|---|"]
+    for row in rows:
+        peak = "-" if row.peak_gib is None else f"{row.peak_gib:.1f}"
+        ratio = f"{min(peers) / row.seconds:.2f}" if peers else "-"
+        lines.append(f"| {row.name} | {row.seconds:.3f} | {row.fastest:.3f} - {row.slowest:.3f} | {peak} | {ratio} |")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    yes_or_no = argparse.BooleanOptionalAction
+    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser.add_argument("--work", choices=("head", "121f"), default="head", help="head: 832x480x17, batch 2; 121f: 768x512x121, batch 1")
+    parser.add_argument("--checkpointing", action=yes_or_no, default=True, help="recompute blocks in backward")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--peer", action=yes_or_no, default=True, help="measure diffusers + peft")
+    parser.add_argument("--product", action=yes_or_no, default=True, help="measure tuner")
+    parser.add_argument("--video_only", action="store_true", help="tuner trains the video stream alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 1:
+        parser.error("--steps must be at least 1")
+    if not (arguments.peer or arguments.product):
+        parser.error("--no-peer and --no-product together leave nothing to measure")
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    """Measures, prints, and writes the JSON file."""
+    arguments = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.size == "real" and device.type == "cpu":
+        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+        return 3
+    shape = WORK[arguments.size][arguments.work]
+    machine = describe_machine(device)
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    print(f"work: {arguments.size} {shape.name}, {shape.width}x{shape.height}x{shape.frames}, batch {shape.batch}, "
+          f"{shape.video_tokens} + {shape.audio_tokens} tokens, text {shape.text_tokens}, "
+          f"checkpointing {'on' if arguments.checkpointing else 'off'}, {arguments.steps} steps\n", flush=True)
+    rows = peer_rows(shape, arguments, device) if arguments.peer else []
+    if arguments.product:
+        rows.append(product_row(shape, arguments, device))
+    print(render(rows))
+    if arguments.json:
+        result = {"machine": machine, "work": asdict(shape), "size": arguments.size, "checkpointing": arguments.checkpointing,
+                  "steps": arguments.steps, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

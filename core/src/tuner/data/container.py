@@ -1,0 +1,266 @@
+"""Opens media files and tells what is in them. Runs in worker processes, so it imports neither torch nor numpy.
+
+Nothing but the file itself is read: demuxers that follow references to other files or to the network (playlists, concatenation
+scripts) are not admitted, whatever the file's name says.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import av
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from tuner.errors import DataError
+
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+"""Demuxers that are admitted, under the names that libavformat gives them."""
+LARGEST = 8192 * 8192
+"""Pixels of a frame beyond which a file is taken for damaged or hostile: decoding one frame would need gigabytes."""
+PLAYLIST_MARKS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"[playlist]", b"RTSPtext")
+
+
+class MediaError(DataError):
+    """A file that cannot be used; `reason` is what such files are counted under."""
+
+    reason: ClassVar[str] = "unreadable"
+
+
+class UnreadableMedia(MediaError):
+    """Not a media file, or one that cannot be opened or decoded."""
+
+
+class RefusedMedia(MediaError):
+    """A playlist, a network format or an absurd size."""
+
+    reason = "refused"
+
+
+class TruncatedMedia(MediaError):
+    """The file ends before what its header announces, or frames in it are damaged."""
+
+    reason = "truncated or damaged"
+
+
+class NoVideoStream(MediaError):
+    """There is no picture."""
+
+    reason = "no video stream"
+
+
+class TooShort(MediaError):
+    """Fewer frames than asked for."""
+
+    reason = "too short"
+
+
+class UndecodableSound(MediaError):
+    """There is a sound track that cannot be decoded: a failure, never "no sound"."""
+
+    reason = "sound cannot be decoded"
+
+
+class DecoderFailed(MediaError):
+    """The decoder died or did not answer."""
+
+    reason = "decoder died or hung"
+
+
+@dataclass(frozen=True)
+class MediaFacts:
+    """What a clip holds, measured from its packets and its first frame."""
+
+    seconds: float
+    """Duration of the picture."""
+    width: int
+    """Displayed pixels: square, after rotation."""
+    height: int
+    frames: int
+    fps: float
+    """Average."""
+    slack: float
+    """Seconds by which the container rounds presentation times; see `Timeline`."""
+    codec: str
+    has_audio: bool
+    audio_codec: str = ""
+    audio_rate: int = 0
+    """Hz."""
+    audio_channels: int = 0
+    audio_seconds: float = 0.0
+    audio_problem: str = ""
+    """Why the sound track cannot be decoded; empty: it can."""
+
+    def frames_at(self, frame_rate: float, start: float = 0.0) -> int:
+        """How many frames the clip gives at `frame_rate` from `start` seconds on."""
+        return count_frames(self.seconds - start, frame_rate, self.slack)
+
+
+@dataclass
+class Timeline:
+    """Presentation times of one picture track, in seconds, sorted."""
+
+    tick: float
+    times: list[float] = field(default_factory=list)
+    last_duration: float = 0.0
+    packets: int = 0
+
+    @property
+    def end(self) -> float:
+        """When the last frame stops being shown."""
+        return self.times[-1] + (self.last_duration or self.interval)
+
+    @property
+    def interval(self) -> float:
+        """Mean seconds between frames."""
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else self.last_duration or 0.04
+
+    @property
+    def slack(self) -> float:
+        """Times and their origin are both rounded to ticks (1 ms in Matroska), so times are compared with two ticks of tolerance;
+        never more than a quarter frame, since some containers tick once a frame."""
+        return min(2 * self.tick, self.interval / 4)
+
+
+def count_frames(seconds: float, frame_rate: float, slack: float) -> int:
+    """How many k = 0, 1, ... have k / frame_rate before `seconds`, by more than `slack` seconds."""
+    span = (seconds - slack) * frame_rate
+    return max(0, int(span) + (span > int(span)))
+
+
+@contextmanager
+def open_media(path: Path) -> Iterator[InputContainer]:
+    """Opens `path` for reading. Raises `RefusedMedia`, `UnreadableMedia`; decoding errors inside the block become `UnreadableMedia`."""
+    options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+    try:
+        with av.open(str(path.resolve()), container_options=options) as container:
+            yield container
+    except av.FFmpegError as error:
+        raise _refusal(path) or UnreadableMedia(f"cannot be decoded: {error.strerror or error}", where=str(path)) from error
+
+
+def _refusal(path: Path) -> RefusedMedia | None:
+    """Whether a file that did not open is a playlist in disguise."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t")
+    except OSError:
+        return None
+    if not head.startswith(PLAYLIST_MARKS):
+        return None
+    return RefusedMedia("is a playlist, not a clip: it names other files or addresses", where=str(path), remedy="remove it")
+
+
+def picture_stream(container: InputContainer, path: Path) -> VideoStream:
+    """The first moving picture (cover art is none). Raises `NoVideoStream`, `RefusedMedia`."""
+    for stream in container.streams.video:
+        if stream.disposition & av.stream.Disposition.attached_pic:
+            continue
+        if stream.codec_context is None:
+            raise UnreadableMedia("no decoder for its picture", where=str(path))
+        if stream.codec_context.width * stream.codec_context.height > LARGEST:
+            size = f"{stream.codec_context.width}x{stream.codec_context.height}"
+            raise RefusedMedia("its frames are unreasonably large", where=str(path), value=size)
+        # One thread each: several clips are decoded at once, and a process is easier to end without threads.
+        stream.codec_context.thread_count = 1
+        return stream
+    raise NoVideoStream("holds no picture", where=str(path), remedy="sound-only clips are not part of this version")
+
+
+def picture_timeline(path: Path) -> Timeline:
+    """Reads all packets of the picture, decoding none."""
+    return _read_packets(path)[0]
+
+
+def probe(path: Path) -> MediaFacts:
+    """What the clip at `path` holds. Reads all packets, decodes the first frame and some sound. Raises `MediaError`."""
+    timeline, audio_seconds = _read_packets(path)
+    with open_media(path) as container:
+        stream = picture_stream(container, path)
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise UnreadableMedia("not one frame of its picture can be decoded", where=str(path))
+        width, height = displayed_size(first, stream)
+        codec = stream.codec_context.name
+        sound = next(iter(container.streams.audio), None)
+        context = sound.codec_context if sound else None
+        seconds = timeline.end - timeline.times[0]
+        return MediaFacts(
+            seconds=seconds, width=width, height=height, frames=len(timeline.times), fps=len(timeline.times) / seconds,
+            slack=timeline.slack, codec=codec, has_audio=sound is not None, audio_codec=context.name if context else "",
+            audio_rate=(context.rate or 0) if context else 0, audio_channels=context.channels if context else 0,
+            audio_seconds=audio_seconds, audio_problem=_sound_problem(path) if sound else "",
+        )  # fmt: skip
+
+
+def displayed_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    """(width, height) in square pixels, after the rotation that the container asks players for."""
+    aspect = stream.sample_aspect_ratio
+    width = round(frame.width * float(aspect)) if aspect else frame.width
+    return (frame.height, width) if quarter_turns(frame) % 2 else (width, frame.height)
+
+
+def quarter_turns(frame: VideoFrame) -> int:
+    """Counter-clockwise quarter turns to show the frame upright, 0 to 3."""
+    return round(frame.rotation / 90) % 4
+
+
+def _read_packets(path: Path) -> tuple[Timeline, float]:
+    """The picture's times and the seconds of the first sound track. Raises `TruncatedMedia` when the file ends early."""
+    with open_media(path) as container:
+        picture = picture_stream(container, path)
+        sounds = container.streams.audio[:1]
+        timeline, heard, last_end = Timeline(float(picture.time_base)), 0.0, 0.0
+        for packet in container.demux([picture, *sounds]):
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is None:
+                continue
+            if packet.is_corrupt:
+                raise TruncatedMedia("the file ends inside a frame", where=str(path))
+            time, duration = float(stamp * packet.time_base), float((packet.duration or 0) * packet.time_base)
+            last_end = max(last_end, time + duration)
+            if packet.stream.type == "audio":
+                heard += duration
+            else:
+                _add(timeline, time, duration, discard=packet.is_discard)
+        _require_whole(container, picture, timeline, last_end, path)
+        return timeline, heard
+
+
+def _add(timeline: Timeline, time: float, duration: float, *, discard: bool) -> None:
+    timeline.packets += 1
+    if discard:
+        return
+    insort(timeline.times, time)
+    if time == timeline.times[-1]:
+        timeline.last_duration = duration
+
+
+def _require_whole(container: InputContainer, picture: VideoStream, timeline: Timeline, last_end: float, path: Path) -> None:
+    """Compares what was found with what the header announces."""
+    if not timeline.times:
+        raise UnreadableMedia("holds no frames", where=str(path))
+    if timeline.packets < picture.frames:
+        raise TruncatedMedia(f"the file ends early: {timeline.packets} of {picture.frames} frames are there", where=str(path))
+    announced = (container.duration or 0) / av.time_base
+    # Half a second: headers of Matroska round generously, and a sound track may outlast its last packet's stated duration.
+    if "matroska" in container.format.name and last_end < announced - 0.5:
+        raise TruncatedMedia(f"the file ends early: {last_end:.2f} of {announced:.2f} seconds are there", where=str(path))
+
+
+def _sound_problem(path: Path) -> str:
+    """Why no sound can be decoded, or an empty string."""
+    try:
+        with open_media(path) as container:
+            stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                return "no decoder for its codec"
+            return "" if next(container.decode(stream), None) is not None else "not one sample can be decoded"
+    except UnreadableMedia as error:
+        return error.message

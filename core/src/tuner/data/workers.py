@@ -1,0 +1,173 @@
+"""Worker processes for decoding: a decoder that hangs or dies costs one clip, not the run.
+
+Each worker works on one clip at a time over a pipe of its own, so that exactly the worker that is stuck is ended, and replaced.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from tuner.data.container import DecoderFailed
+from tuner.errors import DataError, EnvironmentProblem, TunerError
+
+T = TypeVar("T")
+MOST_WORKERS = 4
+"""Decoding hides behind encoding long before this."""
+START_SECONDS = 120.0
+"""A process that has not come up by then never will."""
+
+
+def _serve(pipe: Connection) -> None:
+    """The worker's loop. An exception that is no `TunerError` ends the process, which the other side reports."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the run decides what happens
+    pipe.send("ready")
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            reply: tuple[object, TunerError | None] = (function(*arguments), None)
+        except TunerError as error:
+            reply = (None, error)
+        pipe.send(reply)
+
+
+class _Worker:
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # forking a process that holds CUDA or threads is not safe
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.ready = False
+
+    def await_ready(self) -> None:
+        """Raises `EnvironmentProblem` when the process cannot start at all."""
+        if self.ready:
+            return
+        try:
+            self.ready = self.pipe.poll(START_SECONDS) and self.pipe.recv() == "ready"
+        except (EOFError, OSError):
+            self.ready = False
+        if not self.ready:
+            self.end()
+            raise EnvironmentProblem(
+                "worker processes for decoding cannot start", where="decoding",
+                remedy="a program that calls this must do so under `if __name__ == '__main__'`",
+            )  # fmt: skip
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.pipe.close()
+
+
+class _Job(Generic[T]):
+    def __init__(self, index: int, worker: _Worker, deadline: float, where: str) -> None:
+        self.index, self.worker, self.deadline, self.where = index, worker, deadline, where
+
+
+class DecodeWorkers:
+    """A few processes, started at first use. Use as a context manager, or call `close`.
+
+    `timeout`: seconds that one clip may take.
+    """
+
+    def __init__(self, count: int | None = None, timeout: float = 600.0) -> None:
+        self._count = count or min(MOST_WORKERS, os.cpu_count() or 1)
+        self._timeout = timeout
+        self._idle: list[_Worker] = []
+
+    def __enter__(self) -> DecodeWorkers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes."""
+        while self._idle:
+            self._idle.pop().end()
+
+    def map(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T | DataError]:
+        """`function(*task)` for each task, in order, some tasks ahead of the consumer. Failures of a clip come as `DataError`.
+
+        `function` and arguments must be picklable, the first argument names the clip. Raises other `TunerError`s.
+        """
+        todo = enumerate(tasks)
+        jobs: dict[Connection, _Job[T]] = {}
+        done: dict[int, T | DataError] = {}
+        upcoming = 0
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(jobs) < self._count and len(done) < self._count:
+                    if (item := next(todo, None)) is None:
+                        exhausted = True
+                        break
+                    job = self._start(item[0], function, item[1])
+                    jobs[job.worker.pipe] = job
+                self._collect(jobs, done)
+                while upcoming in done:
+                    yield done.pop(upcoming)
+                    upcoming += 1
+                if exhausted and not jobs and not done:
+                    return
+        finally:
+            for job in jobs.values():
+                job.worker.end()
+
+    def _start(self, index: int, function: Callable[..., T], task: tuple[Any, ...]) -> _Job[T]:
+        worker = self._idle.pop() if self._idle else _Worker()
+        worker.await_ready()
+        worker.pipe.send((function, task))
+        return _Job(index, worker, time.monotonic() + self._timeout, str(task[0]))
+
+    def _collect(self, jobs: dict[Connection, _Job[T]], done: dict[int, T | DataError]) -> None:
+        """Waits for an answer, a death or a deadline."""
+        if not jobs:
+            return
+        rest = min(job.deadline for job in jobs.values()) - time.monotonic()
+        # Answers are taken before deadlines are looked at: the consumer may have been busy for longer than that.
+        for pipe in wait(list(jobs), max(0.0, rest)):
+            job = jobs.pop(pipe)  # type: ignore[arg-type]
+            done[job.index] = self._receive(job)
+        for pipe, job in list(jobs.items()):
+            if time.monotonic() > job.deadline and not pipe.poll():
+                del jobs[pipe]
+                job.worker.end()
+                done[job.index] = DecoderFailed(f"decoding did not end within {self._timeout:g} seconds", where=job.where)
+
+    def _receive(self, job: _Job[T]) -> T | DataError:
+        try:
+            value, error = job.worker.pipe.recv()
+        except (EOFError, OSError):
+            job.worker.process.join(START_SECONDS)
+            code = job.worker.process.exitcode
+            job.worker.end()
+            return DecoderFailed(f"the decoder died (exit code {code})", where=job.where)
+        self._idle.append(job.worker)
+        if isinstance(error, DataError):
+            return error
+        if error is not None:
+            raise error
+        return value  # type: ignore[no-any-return]
+
+
+def in_worker(workers: DecodeWorkers, function: Callable[..., T], *arguments: Any) -> T:
+    """One call in a worker process. Raises the clip's `DataError`."""
+    for result in workers.map(function, [arguments]):
+        if isinstance(result, DataError):
+            raise result
+        return result
+    raise AssertionError("one task gives one result")

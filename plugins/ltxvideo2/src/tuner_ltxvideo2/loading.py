@@ -1,0 +1,300 @@
+"""Reading weights: layouts, the accounting of every key, and modules built straight from the file.
+
+Special here: nothing is read before it is asked for, and nothing is held twice. Headers are parsed by hand, because fingerprints need
+the byte ranges; tensors come memory-mapped; modules are made without storage and take each tensor over as it arrives.
+
+A checkpoint is accepted only when every stored key has exactly one place in the modules that its own configuration describes, and
+every place has its key. What is missing or left over is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import torch
+from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
+from diffusers.pipelines.ltx2.vocoder import UpSample1d
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tuner.errors import CheckpointError
+from tuner.interfaces.family import Variant
+from tuner.interfaces.services import Loader, TensorHeader, WeightSource
+from tuner_ltxvideo2.keys import PARTS, join_original, split_original, to_diffusers
+from tuner_ltxvideo2.stored import StoredFile, StoredTensor, fingerprint_tensors, read_header, weight_files
+from tuner_ltxvideo2.variants import FAMILY, variant_of
+
+_CLASSES: Final[Mapping[str, type[nn.Module]]] = {
+    "transformer": LTX2VideoTransformer3DModel,
+    "connectors": LTX2TextConnectors,
+    "vae": AutoencoderKLLTX2Video,
+    "audio_vae": AutoencoderKLLTX2Audio,
+}
+_PLAIN_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
+_STATISTICS: Final = frozenset({"latents_mean", "latents_std"})
+_NAMED: Final = 8
+"""How many keys an error names; the total is always given."""
+
+
+class StoredWeights(WeightSource):
+    """Weights in safetensors files, whatever the layout: an index of part -> module's name -> place in a file."""
+
+    def __init__(self, location: Path, description: str, metadata: Mapping[str, object], index: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+        self.location = location
+        self.description = description
+        self._metadata = metadata
+        self._index = index
+
+    def metadata(self) -> Mapping[str, object]:
+        return self._metadata
+
+    def parts(self) -> Sequence[str]:
+        return tuple(part for part in PARTS if part in self._index)
+
+    def headers(self, part: str) -> Mapping[str, TensorHeader]:
+        return {name: stored.header for name, stored in self._part(part).items()}
+
+    def tensors(self, part: str, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        stored = self._part(part)
+        by_file: dict[Path, list[str]] = {}
+        for name in stored if names is None else names:
+            by_file.setdefault(stored[name].file, []).append(name)
+        for file, wanted in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for name in wanted:
+                    yield name, opened.get_tensor(stored[name].key)
+
+    def fingerprint(self, part: str) -> str:
+        return fingerprint_tensors(self._part(part))
+
+    def folder(self, part: str) -> Path | None:
+        root = self.location if self.location.is_dir() else self.location.parent
+        found = root / part
+        if found.is_dir():
+            return found
+        beside = root / "text_encoder"  # one folder may hold both the model and its tokenizer
+        return beside if part == "tokenizer" and has_tokenizer(beside) else None
+
+    def _part(self, part: str) -> Mapping[str, StoredTensor]:
+        if part not in self._index:
+            raise CheckpointError(
+                f"{self.description} holds no {part}", value=list(self.parts()), remedy="give the checkpoint that holds the whole model"
+            )
+        return self._index[part]
+
+
+class CombinedFile(Loader):
+    """One .safetensors file in the published layout, or a folder that holds exactly one."""
+
+    families: ClassVar[tuple[str, ...]] = (FAMILY,)
+
+    def accepts(self, location: Path) -> bool:
+        return bool(_combined_files(location))
+
+    def open(self, location: Path, description: str) -> WeightSource:
+        files = _combined_files(location)
+        if len(files) != 1:
+            raise CheckpointError(
+                "the folder does not hold exactly one combined checkpoint",
+                where="pretrained_model_name_or_path", value=[file.name for file in files], remedy="give the path of one .safetensors file",
+            )  # fmt: skip
+        stored = read_header(files[0])
+        _refuse_quantized(stored)
+        source = StoredWeights(files[0], description, _configuration(stored), _place_original(stored))
+        check_complete(source, variant_of(source))
+        return source
+
+
+class DiffusersFolder(Loader):
+    """A folder with `transformer/`, `connectors/`, `vae/`, ... as diffusers saves a pipeline; single files or shards."""
+
+    families: ClassVar[tuple[str, ...]] = (FAMILY,)
+
+    def accepts(self, location: Path) -> bool:
+        return (location / "transformer" / "config.json").is_file()
+
+    def open(self, location: Path, description: str) -> WeightSource:
+        metadata: dict[str, object] = {}
+        index: dict[str, Mapping[str, StoredTensor]] = {}
+        for part in PARTS:
+            folder = location / part
+            if not (folder / "config.json").is_file():
+                continue
+            metadata[part] = _read_json(folder / "config.json")
+            stored = [read_header(file) for file in weight_files(folder)]
+            for file in stored:
+                _refuse_quantized(file)
+            index[part] = _merge(stored, part)
+        source = StoredWeights(location, description, metadata, index)
+        check_complete(source, variant_of(source))
+        return source
+
+
+def build_part(
+    source: WeightSource, part: str, variant: Variant, *, dtype: torch.dtype, device: torch.device, skip: Callable[[str], bool] | None = None
+) -> nn.Module:
+    """The module of `part` with its weights on `device` in `dtype`, in evaluation mode, needing no gradient.
+
+    Parameters for whose name `skip` is true are not read: they stay on the meta device, and the caller deletes their modules.
+    The statistics that normalise latents stay float32 in any case: they are read once per clip and cost nothing.
+    Raises `CheckpointError` when a tensor that the module needs is not stored, or one that is stored has no place.
+    """
+    module = empty_part(part, variant)
+    _check_part(module, part, source.headers(part))
+    wanted = [name for name in module.state_dict() if skip is None or not skip(name)]
+    for name, tensor in source.tensors(part, wanted):
+        kept = torch.float32 if name.rpartition(".")[2] in _STATISTICS else dtype
+        _assign(module, name, tensor.to(device=device, dtype=kept))
+    if isinstance(module, LTX2VocoderWithBWE):
+        # Its resampling filter is not stored: it follows from the rates, so it is made here, off the meta device.
+        ratio = module.config.output_sampling_rate // module.config.input_sampling_rate
+        module.resampler = UpSample1d(ratio=ratio, window_type="hann", persistent=False).to(device=device)
+    return module.eval().requires_grad_(False)
+
+
+def empty_part(part: str, variant: Variant) -> nn.Module:
+    """The module of `part` on the meta device: names and shapes, no storage."""
+    arguments: dict[str, Any] = dict(variant.config[part])
+    if part == "vocoder":
+        cls: type[nn.Module] = LTX2VocoderWithBWE if "bwe_hidden_channels" in arguments else LTX2Vocoder
+    else:
+        cls = _CLASSES[part]
+    with torch.device("meta"):
+        module = cls(**arguments)
+        if part == "audio_vae":
+            # diffusers sizes these by `base_channels`, which is the packed width (channels x mel) only in the released model.
+            width = arguments["latent_channels"] * arguments["mel_bins"] // 4
+            for name in _STATISTICS:
+                module.register_buffer(name, torch.empty(width))
+    return module
+
+
+def check_complete(source: WeightSource, variant: Variant) -> None:
+    """Raises `CheckpointError` unless stored names and shapes are exactly those of the modules that the variant describes."""
+    for part in source.parts():
+        _check_part(empty_part(part, variant), part, source.headers(part))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds a tokenizer as transformers saves it."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+# --- accounting --------------------------------------------------------------------------------------------------
+def _check_part(module: nn.Module, part: str, headers: Mapping[str, TensorHeader]) -> None:
+    needed = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    wrong = [
+        f"{name} is {list(headers[name].shape)}, not {list(shape)}"
+        for name, shape in needed.items()
+        if name in headers and tuple(headers[name].shape) != shape
+    ]
+    _raise_keys(part, missing=[name for name in needed if name not in headers], unknown=[n for n in headers if n not in needed], misshapen=wrong)
+
+
+def _raise_keys(part: str, **problems: Sequence[str]) -> None:
+    """One error for all kinds of problems with keys, each with its first names and its total; nothing when there are none."""
+    told = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
+    if told:
+        raise CheckpointError(
+            f"the weights do not fit the model; {'; '.join(told)}", where=part,
+            remedy="download the checkpoint again; if it is complete, it is of a kind that this version does not know",
+        )  # fmt: skip
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    return ", ".join(sorted(keys)[:_NAMED]) + more
+
+
+def _place_original(stored: StoredFile) -> dict[str, dict[str, StoredTensor]]:
+    """Part -> module's name -> tensor, each stored key used once. Raises `CheckpointError` for unknown and for doubled keys."""
+    index: dict[str, dict[str, StoredTensor]] = {}
+    unknown, doubled = [], []
+    for key, tensor in stored.tensors.items():
+        placed = split_original(key)
+        if placed is None:
+            unknown.append(key)
+            continue
+        part, original = placed
+        name = to_diffusers(part, original)
+        if name is None:
+            continue
+        if name in index.setdefault(part, {}):
+            doubled.append(join_original(part, original))
+        index[part][name] = tensor
+    _raise_keys(stored.path.name, unknown=unknown, doubled=doubled)
+    return index
+
+
+def _merge(files: Iterable[StoredFile], part: str) -> dict[str, StoredTensor]:
+    merged: dict[str, StoredTensor] = {}
+    for file in files:
+        _raise_keys(part, doubled=[key for key in file.tensors if key in merged])
+        merged.update(file.tensors)
+    return merged
+
+
+def _refuse_quantized(stored: StoredFile) -> None:
+    strange = {tensor.header.dtype for tensor in stored.tensors.values()} - _PLAIN_DTYPES
+    scales = [key for key in stored.tensors if key.endswith(("weight_scale", "scale_weight", "input_scale", "weight_scale_2"))]
+    if strange or scales:
+        raise CheckpointError(
+            "the weights are quantized: they count only together with scales, which this version does not apply",
+            where=stored.path.name, value=sorted(strange) or _some(scales), remedy="use the bf16 checkpoint of the same model",
+        )  # fmt: skip
+
+
+# --- small steps -------------------------------------------------------------------------------------------------
+def _combined_files(location: Path) -> list[Path]:
+    files = sorted(location.glob("*.safetensors")) if location.is_dir() else [location]
+    return [file for file in files if file.suffix in (".safetensors", ".sft") and file.is_file() and _is_combined(file)]
+
+
+def _is_combined(file: Path) -> bool:
+    # Adapters begin with the same prefix; they are told by their factors.
+    keys = read_header(file).tensors
+    return any(key.startswith("model.diffusion_model.") for key in keys) and not any(".lora_" in key for key in keys)
+
+
+def _configuration(stored: StoredFile) -> dict[str, object]:
+    """Part -> configuration, and `model_version`, from the file's metadata; empty where it says nothing."""
+    text = stored.metadata.get("config", "{}")
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"the configuration in the metadata is damaged: {error}", where=stored.path.name) from error
+    found: dict[str, object] = dict(parsed) if isinstance(parsed, dict) else {}
+    if "model_version" in stored.metadata:
+        found["model_version"] = stored.metadata["model_version"]
+    return found
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=f"{path.parent.name}/{path.name}") from error
+    return dict(parsed)
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts `tensor` in the place of the parameter or buffer `name`."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Identity of a model folder as transformers saves it: its configuration and weights, never its path."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        digest.update(fingerprint_tensors(read_header(file).tensors).encode())
+    return digest.hexdigest()

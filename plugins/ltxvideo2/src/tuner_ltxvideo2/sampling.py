@@ -1,0 +1,143 @@
+"""From noise to latents: Euler steps along the flow, guided on the predicted clean latents of both streams.
+
+Special here: picture and sound run through one schedule; guidance costs one forward pass over a batch of two, prompt and negative
+prompt; the noise is drawn on the CPU in diffusers' order, so that a seed gives the same clip there and here on every device.
+
+Dimensions: S tokens of one stream, C latent channels, T text tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from tuner.errors import ConfigError
+from tuner.interfaces.family import Batch, Geometry, Noise, Prediction, SampleRequest, StreamBatch, StreamNoise, TokenShift
+from tuner_ltxvideo2.inputs import AUDIO_CHANNELS, audio_length, pack_video, video_grid
+
+VIDEO_CHANNELS = 128
+MEL_BINS = 16
+"""Latent mel bins: packed sound has 8 channels of them."""
+TERMINAL_SIGMA = 0.1
+"""The dev schedule's last step starts here."""
+
+Grid = tuple[int, int, int]
+Predict = Callable[[Batch, Noise], Prediction]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Encoded captions per stream, (1, T, D) each; `negative` None: no guidance."""
+
+    positive: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor] | None = None
+
+
+def check_request(request: SampleRequest, geometry: Geometry) -> None:
+    """Raises `ConfigError` for a size or length that the latents cannot have, naming the nearest that they can."""
+    for name, value in (("width", request.width), ("height", request.height)):
+        if geometry.snap_size(value) != value:
+            raise ConfigError(
+                f"must be a multiple of {geometry.size_step} pixels", where=f"sample {name}", value=value,
+                remedy=f"use {geometry.snap_size(value)}",
+            )
+    if geometry.snap_frames(request.frames) != request.frames:
+        raise ConfigError(
+            f"must be 1 + a multiple of {geometry.frame_step}", where="sample frames", value=request.frames,
+            remedy=f"use {geometry.snap_frames(request.frames)}",
+        )
+
+
+def is_guided(request: SampleRequest) -> bool:
+    """Whether any stream's guidance needs the negative prompt."""
+    return max(request.guidance, request.audio_guidance or 0.0) > 1
+
+
+def grids_for(request: SampleRequest, streams: Sequence[str]) -> dict[str, Grid]:
+    """Latent grids of the streams that the request generates; sound only where it is wanted or is all there is."""
+    grids: dict[str, Grid] = {}
+    if "video" in streams:
+        grids["video"] = video_grid(request.frames, request.height, request.width)
+    if "audio" in streams and (request.sound or not grids):
+        grids["audio"] = (audio_length(request.frames, request.frame_rate), 1, 1)
+    return grids
+
+
+def schedule(steps: int, tokens: int, shift: TokenShift) -> Tensor:
+    """Sigmas (steps + 1,) fp32 on the CPU, from 1 to 0: even steps, shifted by exp(mu(tokens)), stretched to end at 0.1 before 0."""
+    if steps == 1:  # stretching one sigma of 1 would divide by 0
+        return torch.tensor([1.0, 0.0])
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, time_shift_type="exponential", shift_terminal=TERMINAL_SIGMA
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), mu=shift.mu(tokens))
+    sigmas: Tensor = scheduler.sigmas
+    return sigmas
+
+
+def initial_noise(seed: int, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
+    """Stream -> (1, S, C) fp32 on the CPU. Video is drawn first, both in the shape of unpacked latents."""
+    generator = torch.Generator().manual_seed(seed)
+    noise: dict[str, Tensor] = {}
+    if "video" in grids:
+        noise["video"] = pack_video(torch.randn((1, VIDEO_CHANNELS, *grids["video"]), generator=generator)).contiguous()
+    if "audio" in grids:
+        channels = AUDIO_CHANNELS // MEL_BINS
+        drawn = torch.randn((1, channels, grids["audio"][0], MEL_BINS), generator=generator)
+        noise["audio"] = drawn.transpose(1, 2).flatten(2)
+    return noise
+
+
+@torch.no_grad()
+def denoise(
+    predict: Predict,
+    request: SampleRequest,
+    prompt: Prompt,
+    noise: Mapping[str, Tensor],
+    grids: Mapping[str, Grid],
+    shift: TokenShift,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Stream -> (1, S, C) normalised latents, fp32 on `device`.
+
+    `predict` is one forward pass over a batch of one, or of two (prompt, negative prompt) with guidance.
+    """
+    latents = {name: values.to(device) for name, values in noise.items()}
+    leading = next(iter(latents.values()))
+    sigmas = schedule(request.steps, leading.shape[1], shift).tolist()
+    sides = [prompt.positive] if prompt.negative is None else [prompt.positive, prompt.negative]
+    text = {name: torch.cat([side[name] for side in sides]).to(device) for name in latents}
+    scales = {"video": request.guidance, "audio": request.audio_guidance or request.guidance}
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        velocity = predict(*_inputs(latents, text, sigma, grids, request.frame_rate, len(sides))).streams
+        for name, values in latents.items():
+            clean = _guided(values - sigma * velocity[name].float(), scales[name])
+            latents[name] = values + (following - sigma) * (values - clean) / sigma
+    return latents
+
+
+def _inputs(
+    latents: Mapping[str, Tensor], text: Mapping[str, Tensor], sigma: float, grids: Mapping[str, Grid], rate: float, count: int
+) -> tuple[Batch, Noise]:
+    """The same latents `count` times, with as many prompts. There is no target to learn: target and noise are the latents."""
+    streams: dict[str, StreamBatch] = {}
+    noises: dict[str, StreamNoise] = {}
+    for name, values in latents.items():
+        repeated = values.expand(count, *values.shape[1:])
+        streams[name] = StreamBatch(repeated, grids[name])
+        level = torch.full((count,), sigma, device=values.device)
+        noises[name] = StreamNoise(level, repeated, target=repeated, noise=repeated)
+    return Batch((), streams, text, (rate,) * count), Noise(noises)
+
+
+def _guided(clean: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance on predicted clean latents (Ho & Salimans 2022): c + (g - 1) · (c - u). (1 or 2, S, C) -> (1, S, C)."""
+    if clean.shape[0] == 1:
+        return clean
+    positive, negative = clean.chunk(2)
+    return positive + (scale - 1) * (positive - negative)

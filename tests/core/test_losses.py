@@ -1,0 +1,105 @@
+"""The flow-matching loss against sums written out, and the bands of sigma."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tuner.builtins.losses import FlowMatchingLoss, SigmaBands
+from tuner.interfaces.family import Batch, Noise, Prediction, Sample, StreamBatch, StreamNoise
+from tuner.interfaces.losses import LossValue, StepState
+
+B, S, C = 3, 6, 4
+
+
+def step_state(prediction: Tensor, target: Tensor, sigma: Tensor | None = None, **fields: object) -> StepState:
+    count = len(target)
+    sample = Sample(key="k", dataset="d", draw=0, epoch=0, frame_rate=25.0, frames=1, height=32, width=32, records={})
+    latents = torch.zeros_like(target)
+    stream = StreamBatch(latents=latents, grid=(S, 1, 1), **fields)  # type: ignore[arg-type]
+    batch = Batch(samples=(sample,) * count, streams={"video": stream}, text={}, frame_rate=(25.0,) * count)
+    level = torch.full((count,), 0.5) if sigma is None else sigma
+    noise = Noise({"video": StreamNoise(sigma=level, noisy=latents, target=target, noise=target)})
+    return StepState(batch=batch, noise=noise, prediction=Prediction({"video": prediction}))
+
+
+@pytest.fixture
+def tensors() -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    return torch.randn(B, S, C, generator=draws), torch.randn(B, S, C, generator=draws)
+
+
+def test_without_masks_it_is_the_mean_squared_error(tensors: tuple[Tensor, Tensor]) -> None:
+    prediction, target = tensors
+    loss = FlowMatchingLoss("video")(step_state(prediction, target))
+    assert loss.name == "video" and loss.counted is not None and bool(loss.counted.all())
+    assert torch.allclose(loss.reduced(), torch.nn.functional.mse_loss(prediction, target))
+
+
+def test_masks_weigh_tokens(tensors: tuple[Tensor, Tensor]) -> None:
+    prediction, target = tensors
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0], [0.5, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    conditioned = torch.zeros(B, S, dtype=torch.bool)
+    conditioned[2, :2] = True
+    loss = FlowMatchingLoss("video", weight=0.5)(step_state(prediction, target, loss_mask=mask, conditioned=conditioned))
+    for index in range(B):
+        total = weights = 0.0
+        for token in range(S):
+            weight = 0.0 if conditioned[index, token] else float(mask[index, token])
+            for channel in range(C):
+                total += weight * float(prediction[index, token, channel] - target[index, token, channel]) ** 2
+                weights += weight
+        assert float(loss.values[index]) == pytest.approx(total / weights, rel=1e-5)
+    assert float(loss.reduced()) == pytest.approx(0.5 * float(loss.values.mean()), rel=1e-6)
+
+
+def test_absent_samples_and_what_they_hold_change_nothing(tensors: tuple[Tensor, Tensor]) -> None:
+    prediction, target = tensors
+    prediction[1] = float("nan")
+    prediction.requires_grad_(True)
+    loss = FlowMatchingLoss("video")(step_state(prediction, target, present=torch.tensor([True, False, True])))
+    assert loss.counted is not None and loss.counted.tolist() == [True, False, True]
+    expected = torch.nn.functional.mse_loss(prediction[[0, 2]], target[[0, 2]])
+    assert torch.allclose(loss.reduced(), expected)
+    loss.reduced().backward()
+    assert prediction.grad is not None and torch.equal(prediction.grad[1], torch.zeros(S, C))
+
+
+@pytest.mark.parametrize("fields", [{"loss_mask": torch.zeros(B, S)}, {"present": torch.zeros(B, dtype=torch.bool)}, {"clean": True}])
+def test_nothing_to_learn_is_zero(tensors: tuple[Tensor, Tensor], fields: dict[str, object]) -> None:
+    prediction, target = tensors
+    prediction.requires_grad_(True)
+    loss = FlowMatchingLoss("video")(step_state(prediction, target, **fields))
+    assert float(loss.reduced()) == 0.0 and loss.counted is not None and not bool(loss.counted.any())
+    loss.reduced().backward()
+    assert prediction.grad is not None and torch.equal(prediction.grad, torch.zeros(B, S, C))
+
+
+def test_bfloat16_predictions_are_compared_in_float32(tensors: tuple[Tensor, Tensor]) -> None:
+    prediction, target = tensors[0].bfloat16(), tensors[1]
+    loss = FlowMatchingLoss("video")(step_state(prediction, target))
+    assert loss.values.dtype == torch.float32
+    assert torch.allclose(loss.values, (prediction.float() - target).square().mean(dim=(1, 2)))
+
+
+def test_bands_hold_the_means_by_sigma() -> None:
+    bands = SigmaBands()
+    assert bands.flush() == {}
+    sigma = torch.tensor([0.0, 0.2, 0.25, 1.0])
+    noise = Noise({"video": StreamNoise(sigma, torch.zeros(4, 1, 1), torch.zeros(4, 1, 1), torch.zeros(4, 1, 1))})
+    values = torch.tensor([1.0, 2.0, 3.0, float("nan")])
+    bands.add([LossValue("video", values, counted=torch.tensor([True, True, True, False]), weight=7.0)], noise)
+    bands.add([LossValue("video", torch.full((4,), 6.0)), LossValue("extra", torch.tensor([5.0, 7.0]))], noise)
+    assert bands.flush() == pytest.approx({
+        "loss/video": (1 + 2 + 3 + 4 * 6) / 7, "loss/video/sigma_0.00-0.25": (1 + 2 + 6 + 6) / 4, "loss/video/sigma_0.25-0.50": 4.5,
+        "loss/video/sigma_0.75-1.00": 6.0, "loss/extra": 6.0,
+    })
+    assert bands.flush() == {}
+
+
+def test_bands_leave_out_what_was_never_counted() -> None:
+    bands = SigmaBands(bands=2)
+    noise = Noise({"video": StreamNoise(torch.tensor([0.4]), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))})
+    bands.add([LossValue("video", torch.tensor([1.0]), counted=torch.tensor([False]))], noise)
+    assert bands.flush() == {}
