@@ -1,37 +1,41 @@
-# Every target sets up what it needs in .venv; a second run finds the stamp and starts at once.
+# Every target sets up what it needs in .venv; a second run finds the stamp there and starts at once. A failed install leaves no stamp.
 #   make demo    train the tiny flavour on real clips, on the CPU, from download to sample
 #   make test    the test suite
 #   make lint types reference clean
-# TORCH="torch==2.13.0 --index-url URL" chooses another build of torch, PYTHON=python3.12 another interpreter.
+# TORCH="torch==2.12.1" installs another torch, PYTHON=python3.12 uses another interpreter, WORKERS=1 tests in one process.
 
 SHELL := /bin/bash
 TORCH ?= torch==2.13.0
 WORKERS ?= auto
 BIN := .venv/bin
-DISTRIBUTIONS := -e 'core[torchao,quanto]' -e plugins/ltxvideo2 -e plugins/offload -e plugins/regularizers
-PROJECTS := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml)
+DISTRIBUTIONS := core plugins/ltxvideo2 plugins/offload plugins/regularizers
+PROJECTS := pyproject.toml $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
 # A pyenv shim exists for versions that are not active, so each candidate is asked, not only looked up.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
 .PHONY: install demo test lint types reference reference-check clean
-.DELETE_ON_ERROR:
 
-install: .venv/installed
+install: .venv/development
 
 .venv/python: Makefile
 	@if [ -z "$(PYTHON)" ]; then echo "No Python >= 3.11 with venv and ensurepip found; name one with make PYTHON=..." >&2; exit 3; fi
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-# torch alone first: what comes after must not choose another build of it. Development tools stand in pyproject.toml only.
-.venv/installed: .venv/python $(PROJECTS)
+# torch alone first: what comes after must not choose another build of it.
+.venv/runtime: .venv/python $(PROJECTS)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet $(DISTRIBUTIONS) \
+	$(BIN)/pip install --quiet $(addprefix -e ,$(DISTRIBUTIONS))
+	@touch $@
+
+# Development tools stand in pyproject.toml only; the extras of core are needed by tests of what uses them.
+.venv/development: .venv/runtime
+	$(BIN)/pip install --quiet -e 'core[torchao,quanto]' \
 		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"])')
 	@touch $@
 
-demo: install
+demo: .venv/runtime
 	$(BIN)/python examples/demo/prepare.py
 	rm -rf examples/demo/output
 	$(BIN)/tuner train --config examples/demo/config.json

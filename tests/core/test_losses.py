@@ -71,7 +71,7 @@ def test_nothing_to_learn_is_zero(tensors: tuple[Tensor, Tensor], fields: dict[s
     prediction, target = tensors
     prediction.requires_grad_(True)
     loss = FlowMatchingLoss("video")(step_state(prediction, target, **fields))
-    assert float(loss.reduced()) == 0.0 and loss.counted is not None and not bool(loss.counted.any())
+    assert loss.reduced().item() == 0.0 and loss.counted is not None and not bool(loss.counted.any())
     loss.reduced().backward()
     assert prediction.grad is not None and torch.equal(prediction.grad, torch.zeros(B, S, C))
 
@@ -103,3 +103,14 @@ def test_bands_leave_out_what_was_never_counted() -> None:
     noise = Noise({"video": StreamNoise(torch.tensor([0.4]), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))})
     bands.add([LossValue("video", torch.tensor([1.0]), counted=torch.tensor([False]))], noise)
     assert bands.flush() == {}
+
+
+def test_taken_means_stay_on_the_device_and_are_nan_where_nothing_was_counted() -> None:
+    bands = SigmaBands(bands=2)
+    noise = Noise({"video": StreamNoise(torch.tensor([0.4]), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))})
+    bands.add([LossValue("video", torch.tensor([3.0], requires_grad=True))], noise)
+    taken = bands.take()
+    assert {name: (mean.shape, mean.requires_grad) for name, mean in taken.items()} == dict.fromkeys(taken, (torch.Size([]), False))
+    assert taken["loss/video"].item() == taken["loss/video/sigma_0.00-0.50"].item() == 3.0
+    assert bool(taken["loss/video/sigma_0.50-1.00"].isnan())
+    assert bands.take() == {}

@@ -57,7 +57,9 @@ def test_config_keeps_value_and_origin_and_masks_again(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
 
 
-@pytest.mark.parametrize("key", ["hub_token", "HF_TOKEN", "accessToken", "client-secret", "a.password", "api_key", "wandbApiKey", "aws_access_key_id"])
+@pytest.mark.parametrize(
+    "key", ["hub_token", "HF_TOKEN", "accessToken", "client-secret", "a.password", "api_key", "wandbApiKey", "aws_access_key_id"]
+)
 def test_secret_keys(key: str) -> None:
     assert is_secret(key)
 
@@ -180,7 +182,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(values)
 def test_whatever_is_masked_is_strict_json_and_stays_so(value: object) -> None:
     once = masked(value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Project
+from integration.project import Project
 
 from tuner.train.checkpoint import load_checkpoint
 

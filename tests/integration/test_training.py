@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Project, add_clip
+from integration.project import Project, add_clip
 from safetensors import safe_open
 
 from tuner.data.media import probe
@@ -35,7 +35,7 @@ def test_a_run_leaves_adapter_sample_and_records(project: Project, capsys: pytes
     resolved = json.loads((out / "config.resolved.json").read_text())
     assert resolved["lora_rank"] == {"value": 4, "origin": "file"} and resolved["seed"]["origin"] == "default"
     cached = project.events("cached")[0]
-    assert cached["found"] == cached["used"] + cached["failed"]
+    assert cached["found"] == cached["cached"] + cached["encoded"] + cached["failed"]
     assert not any(".tmp" in path.name or path.name.endswith(".part") for path in out.rglob("*"))
 
 

@@ -40,7 +40,7 @@ def transformer(generation: str = "2.0", rope_type: str = "split", layers: int =
 def text_widths(model: LTX2VideoTransformer3DModel) -> dict[str, int]:
     """Channels of the encoded captions per stream."""
     if model.config.use_prompt_embeddings:
-        return {"video": CAPTION, "audio": CAPTION}
+        return dict.fromkeys(("video", "audio"), int(model.config.caption_channels))
     return {"video": 64, "audio": 32}
 
 

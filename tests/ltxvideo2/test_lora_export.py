@@ -103,7 +103,7 @@ def test_reads_every_spelling(tmp_path: Path) -> None:
         comfy[key.split(".lora_")[0] + ".alpha"] = torch.tensor(ALPHA)
     save_file(comfy, tmp_path / "comfy.safetensors")
 
-    diffusers = {f"transformer.{n}.lora_{x}.weight": t.contiguous() for n, pair in adapter.weights.items() for x, t in zip("AB", pair, strict=True)}
+    diffusers = {f"transformer.{n}.lora_{x}.weight": t for n, pair in adapter.weights.items() for x, t in zip("AB", pair, strict=True)}
     noted = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": ALPHA})
     save_file(diffusers, tmp_path / "diffusers.safetensors", metadata={"lora_adapter_metadata": noted})
 
@@ -119,10 +119,21 @@ def test_reads_every_spelling(tmp_path: Path) -> None:
             torch.testing.assert_close(read.weights[module][1], up)
 
 
+def test_mixed_ranks_are_read_at_the_largest(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.safetensors"
+    pairs = {"proj_in": (normal(2, 6, seed=1), normal(5, 2, seed=2)), "proj_out": (normal(4, 6, seed=3), normal(5, 4, seed=4))}
+    save_file({f"transformer.{n}.lora_{x}.weight": t for n, pair in pairs.items() for x, t in zip("AB", pair, strict=True)}, path)
+    read = UniversalFormat().read(path)
+    assert read.rank == read.alpha == 4
+    for name, (down, up) in pairs.items():
+        assert read.weights[name][0].shape[0] == 4
+        torch.testing.assert_close(read.weights[name][1] @ read.weights[name][0], up @ down)
+
+
 def test_other_files_are_declined_with_the_key_that_does_not_fit(tmp_path: Path) -> None:
     half = tmp_path / "half.safetensors"
     save_file({"diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 8)}, half)
-    with pytest.raises(CheckpointError, match="transformer_blocks.0.attn1.to_q: A or B is missing"):
+    with pytest.raises(CheckpointError, match=r"transformer_blocks\.0\.attn1\.to_q: A or B is missing"):
         UniversalFormat().read(half)
     other = tmp_path / "other.safetensors"
     save_file({"lora_unet_x.lora_up.weight": torch.zeros(4, 8)}, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,8 @@ class PeftFormat(CheckpointFormat):
             save_file(tensors, unfinished, metadata={**facts, "format": "pt", METADATA_KEY: described})
             unfinished.replace(path)
         except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             raise DiskError(f"the adapter cannot be written: {error}", where=str(path)) from error
 
     def accepts(self, path: Path) -> bool:

@@ -1,11 +1,13 @@
-"""The flow-matching loss of one stream, and its record over noise levels. Nothing here waits for the device but `SigmaBands.flush`.
+"""The flow-matching loss of one stream, and its record over noise levels. Only `SigmaBands.flush` waits for the device.
 
 Dimensions: B samples, S tokens of one stream, C latent channels, N bands of sigma.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -80,27 +82,24 @@ class SigmaBands:
         index = (sigma * bands).long().clamp(0, bands - 1)
         return (index[:, None] == torch.arange(bands, device=index.device)).double()
 
-    def flush(self) -> dict[str, float]:
-        """Means since the last call, by `loss/<name>` and `loss/<name>/sigma_0.25-0.50`, in one transfer.
+    def take(self) -> dict[str, Tensor]:
+        """Means since the last call as scalars on the device, by `loss/<name>` and `loss/<name>/sigma_0.25-0.50`.
 
-        What was never counted is left out.
+        What was never counted is NaN: that it was not is known on the device only.
         """
-        names = list(self._totals)
-        if not names:
-            return {}
-        numbers = iter(torch.cat([self._totals[name].flatten() for name in names]).tolist())
-        means: dict[str, float] = {}
-        for name in names:
-            width = self._totals[name].shape[1]
-            sums, counts = [[next(numbers) for _ in range(width)] for _ in range(2)]
-            means.update(self._means(name, sums, counts))
+        means: dict[str, Tensor] = {}
+        for name, (sums, counts) in self._totals.items():
+            means[f"loss/{name}"] = sums.sum() / counts.sum()
+            if len(counts) > 1:
+                for (low, high), mean in zip(pairwise(self._edges), (sums / counts).unbind(), strict=True):
+                    means[f"loss/{name}/sigma_{low:.2f}-{high:.2f}"] = mean
         self._totals.clear()
         return means
 
-    def _means(self, name: str, sums: list[float], counts: list[float]) -> dict[str, float]:
-        means = {f"loss/{name}": sum(sums) / sum(counts)} if sum(counts) else {}
-        if len(counts) > 1:
-            for low, high, total, count in zip(self._edges, self._edges[1:], sums, counts, strict=True):
-                if count:
-                    means[f"loss/{name}/sigma_{low:.2f}-{high:.2f}"] = total / count
-        return means
+    def flush(self) -> dict[str, float]:
+        """`take` as host numbers, in one transfer; what was never counted is left out."""
+        means = self.take()
+        if not means:
+            return {}
+        numbers = torch.stack(list(means.values())).tolist()
+        return {name: number for name, number in zip(means, numbers, strict=True) if not math.isnan(number)}

@@ -28,6 +28,8 @@ COMMANDS: Mapping[str, str] = {
 }
 """Name -> short help; the module `tuner.cli.<name>` holds the `command`."""
 
+EPILOG = "`tuner plugins` lists what is installed, and the commands that plugins add."
+
 BUG, INTERRUPTED = 1, 130
 
 
@@ -39,7 +41,7 @@ class Invocation:
 
 
 class LazyGroup(click.Group):
-    """Knows its own commands by name only; plugins are asked for theirs when the name is none of those, or for help."""
+    """Knows its own commands by name only; plugins are asked for theirs when a name is none of those, or for completion."""
 
     asked_plugins = False
 
@@ -57,16 +59,14 @@ class LazyGroup(click.Group):
         return self.commands.get(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands, from short texts that need no import."""
-        self._ask_plugins()
-        visible = {name: command.get_short_help_str() for name, command in sorted(self.commands.items()) if not command.hidden}
+        """The core's commands, from short texts: asking plugins for theirs would take longer than all the rest."""
         with formatter.section("Commands"):
-            formatter.write_dl([*COMMANDS.items(), *visible.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
     def _ask_plugins(self) -> None:
         if not self.asked_plugins:
             self.asked_plugins = True
-            from tuner.plugins.loader import load_plugins  # pydantic takes longer than everything else in `tuner --version`
+            from tuner.plugins.loader import load_plugins  # with pydantic, which takes longer than all of `tuner --help`
 
             load_plugins().add_commands(self)
 
@@ -74,7 +74,7 @@ class LazyGroup(click.Group):
 def build() -> LazyGroup:
     """The command line. Each call gives a group of its own, so that plugins' commands are those of that moment."""
 
-    @click.group("tuner", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": None})
+    @click.group("tuner", cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
     @click.version_option(tuner.__version__, prog_name="tuner")
     @click.option("--debug", is_flag=True, help="Show tracebacks of all errors, and debug messages (TUNER_DEBUG=1).")
     @click.pass_context

@@ -48,7 +48,7 @@ def _selected(registry: Registry, vocabulary: Vocabulary, name: str | None) -> l
         return keys
     found = [key for key in keys if name.lower() in (registry.owner_of(key.owner).lower(), key.owner.title.lower())]
     if not found:
-        advice = " ".join(filter(None, [did_you_mean(vocabulary.nearest(name)), registry.failures_hint()]))
+        advice = " ".join(filter(None, [did_you_mean(vocabulary.nearest(name)), registry.hint()]))
         raise ConfigError("no key, plugin or group has this name", value=name, remedy=advice or "`tuner options` lists all keys")
     return found
 

@@ -32,12 +32,17 @@ def list_command(as_json: bool) -> None:
 
 
 def list_plugins(as_json: bool) -> None:
-    """Prints every plugin, loaded or not."""
+    """Prints every plugin, loaded or not, and the commands they add."""
     registry = load_plugins()
+    added = click.Group()
+    registry.add_commands(added)
     if as_json:
-        click.echo(json.dumps({"plugins": [report.facts(record) for record in registry.plugins]}, indent=2))
-    else:
-        click.echo(columns(("NAME", "VERSION", "STATUS", "PROVIDES"), report.rows(registry)))
+        plugins = [report.facts(record) for record in registry.plugins]
+        click.echo(json.dumps({"plugins": plugins, "commands": sorted(added.commands)}, indent=2))
+        return
+    click.echo(columns(("NAME", "VERSION", "STATUS", "PROVIDES"), report.rows(registry)))
+    if added.commands:
+        click.echo(f"\ncommands: {', '.join(sorted(added.commands))}")
 
 
 @command.command("show")

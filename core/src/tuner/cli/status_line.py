@@ -64,12 +64,17 @@ def read_memory() -> MemoryReading:
 
 
 class StepTimer:
-    """Seconds per step, as the median of the last `WINDOW` steps. Steps that arrive in a burst count as one group of equal steps."""
+    """Seconds per step, as the median of the last `WINDOW` steps. Steps that arrive in a burst count as one group of equal steps.
 
-    def __init__(self, step: int, moment: float) -> None:
+    `step`: what was finished when the timer began; None: unknown, and the first group only starts the clock.
+    """
+
+    def __init__(self, step: int | None, moment: float) -> None:
+        self._step = step
+        self._measured = step is not None
+        """Whether the beginning of the open group is known."""
         self._start = self._first = self._last = moment
         """End of the group before; first and last arrival of the open group."""
-        self._step = step
         self._open = 0
         self._durations: deque[float] = deque(maxlen=WINDOW)
 
@@ -77,18 +82,22 @@ class StepTimer:
         """Step `step` is known to be finished at `moment` (seconds)."""
         together = moment - self._last < BURST and moment - self._first < 1.0
         if self._open and not together:
-            self._durations.extend([(self._last - self._start) / self._open] * self._open)
-            self._start, self._open = self._last, 0
+            self._close_group()
         if not self._open:
             self._first = moment
-        self._open += max(0, step - self._step)
+        self._open += 1 if self._step is None else max(0, step - self._step)
         self._step, self._last = step, moment
+
+    def _close_group(self) -> None:
+        if self._measured:
+            self._durations.extend([(self._last - self._start) / self._open] * self._open)
+        self._start, self._open, self._measured = self._last, 0, True
 
     def seconds_per_step(self) -> float | None:
         """None before anything was measured."""
         if self._durations:
             return statistics.median(self._durations)
-        return (self._last - self._start) / self._open if self._open and self._last > self._start else None
+        return (self._last - self._start) / self._open if self._measured and self._open and self._last > self._start else None
 
 
 def describe_step(
@@ -137,11 +146,12 @@ class StatusLine:
     """The state of a training run.
 
     `interactive`: redraw one line in place; else a plain line for the first step, the last, and one per `interval` seconds.
-    `first_step`: where training begins (a resumed run). `checkpoint_interval`: steps; 0: only at the end.
+    `first_step`: what was finished when this was made, just before training; None: it is made when the first step arrives, whose
+    duration is then unknown. `checkpoint_interval`: steps; 0: only at the end.
     """
 
     def __init__(
-        self, console: Console, total_steps: int, *, interactive: bool, first_step: int = 0, checkpoint_interval: int = 0,
+        self, console: Console, total_steps: int, *, interactive: bool, first_step: int | None = None, checkpoint_interval: int = 0,
         interval: float = 30.0, clock: Callable[[], float] = time.monotonic, memory: Callable[[], MemoryReading] = read_memory,
     ) -> None:
         self.console = console

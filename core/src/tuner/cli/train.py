@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tuner.cli.common import configured_command
-from tuner.cli.status_line import CacheBar, StatusLine
+from tuner.cli.status_line import CacheBar, StatusLine, is_interactive
 from tuner.config.resolve import Settings
 from tuner.config.settings import OptimizerSettings, RunSettings, TrainSettings
 from tuner.plugins.registry import Registry
@@ -50,7 +50,7 @@ class Terminal:
     def caching(self, done: int, total: int, label: str) -> None:
         """Progress of finding or encoding clips."""
         if self._bar is None:
-            self._bar = CacheBar(self.console, interactive=self.console.is_terminal)
+            self._bar = CacheBar(self.console, interactive=is_interactive(self.console))
         self._bar.report(done, total, label)
 
     def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -58,7 +58,7 @@ class Terminal:
         self._end_bar()
         if self._line is None:
             self._line = StatusLine(
-                self.console, total, interactive=self.console.is_terminal,
+                self.console, total, interactive=is_interactive(self.console),
                 checkpoint_interval=self.settings.get(RunSettings).checkpoint_step_interval,
             )  # fmt: skip
         self._line.update(step, metrics)

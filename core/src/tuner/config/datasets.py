@@ -33,17 +33,17 @@ class _Section(BaseModel):
 class VideoOptions(_Section):
     """`video` of an entry. Frames are counted at `frame_rate`, after resampling by presentation time."""
 
-    num_frames: int | None = Field(None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1)
     """Frames taken from each clip, from its start; the family's next lower valid count is used. Empty: as many as a clip has, at
     most `tuner.data.manifest.LONGEST`."""
-    min_frames: int | None = Field(None, ge=1)
+    min_frames: int | None = Field(default=None, ge=1)
     """Shorter clips are skipped. Empty: `num_frames`. Below `num_frames`, shorter clips are used at their own valid length."""
-    max_frames: int | None = Field(None, ge=1)
+    max_frames: int | None = Field(default=None, ge=1)
     """Longer clips are skipped."""
-    frame_rate: float | None = Field(None, gt=0)
+    frame_rate: float | None = Field(default=None, gt=0)
     """Frames per second that clips are resampled to; the run's `frame_rate` when empty."""
     bucket_strategy: str = "aspect_ratio"
-    frame_interval: int | None = Field(None, ge=1)
+    frame_interval: int | None = Field(default=None, ge=1)
     """Lengths below `num_frames` are rounded down to a multiple of it, so that fewer different lengths remain."""
     is_i2v: bool = False
 
@@ -54,15 +54,15 @@ class AudioOptions(_Section):
     auto_split: bool = True
     """Whether the clips' sound is trained."""
     audio_only: bool = False
-    sample_rate: int | None = Field(None, ge=1)
+    sample_rate: int | None = Field(default=None, ge=1)
     """Hz; must be what the family's audio encoder takes, to which all sound is resampled."""
-    channels: int | None = Field(None, ge=1)
+    channels: int | None = Field(default=None, ge=1)
     """1: mix to mono, then feed every channel of the encoder. The encoder's own count, or empty: as recorded."""
-    duration_interval: float | None = Field(None, gt=0)
+    duration_interval: float | None = Field(default=None, gt=0)
     """Groups sound-only clips by length; sound that belongs to a picture has the picture's length."""
-    min_duration_seconds: float | None = Field(None, ge=0)
+    min_duration_seconds: float | None = Field(default=None, ge=0)
     """Clips whose sound is shorter are skipped."""
-    max_duration_seconds: float | None = Field(None, gt=0)
+    max_duration_seconds: float | None = Field(default=None, gt=0)
     """Clips whose sound is longer are skipped."""
     truncation_mode: str = "beginning"
     allow_zero_audio: bool = False
@@ -86,7 +86,7 @@ class VideoEntry(_Entry):
     instance_prompt: str = ""
     resolution: float = Field(gt=0)
     resolution_type: ResolutionType
-    repeats: int = Field(0, ge=0)
+    repeats: int = Field(default=0, ge=0)
     """Additional passes: each clip is seen `repeats` + 1 times an epoch."""
     probability: float = 1.0
     video: VideoOptions = VideoOptions()
@@ -99,6 +99,7 @@ class TextEntry(_Entry):
 
 
 DatasetEntry = VideoEntry | TextEntry
+_SECTIONS: Mapping[str, type[BaseModel]] = {"video": VideoOptions, "audio": AudioOptions}
 _KINDS: Mapping[str, type[VideoEntry] | type[TextEntry]] = {"video": VideoEntry, "text_embeds": TextEntry}
 
 
@@ -232,9 +233,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 def _unknown_key(key: str, model: type[BaseModel]) -> str:
     section, _, name = key.rpartition(".")
-    owner: type[BaseModel] = {"video": VideoOptions, "audio": AudioOptions}.get(section, model)
+    owner = _SECTIONS.get(section, model)
     near = get_close_matches(name, list(owner.model_fields), 3)
-    elsewhere = [part for part, other in (("video", VideoOptions), ("audio", AudioOptions)) if name in other.model_fields]
+    elsewhere = [part for part, other in _SECTIONS.items() if name in other.model_fields]
     if not section and elsewhere and model is VideoEntry:
         return f"{key}: unknown key here; it belongs inside `{elsewhere[0]}`"
     return f"{key}: unknown key" + (f"; did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else "")

@@ -26,6 +26,10 @@ class KeyFlag(click.Option):
         )
         self.key = key
 
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """One spelling for help; the others are accepted as well."""
+        return None if self.hidden else (f"--{self.key.name} {self.metavar}", self.help or "")
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """The key's choices that begin with what is typed."""
         choices = ("true", "false") if self.key.annotation is bool else self.key.choices()

@@ -49,7 +49,7 @@ def unsupported(*, help: str, reason: str, changes_results: bool, default: Any =
 
     A value other than `default`, null, "", false and "none" is an error when `changes_results`, else a notice with `reason`.
     """
-    extra = {"unit": "", "aliases": list(aliases), "metavar": "", "unsupported": reason, "changes_results": changes_results}
+    extra: dict[str, Any] = {"unit": "", "aliases": list(aliases), "metavar": "", "unsupported": reason, "changes_results": changes_results}
     return Field(default, description=help, json_schema_extra=extra)
 
 

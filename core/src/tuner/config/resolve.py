@@ -105,7 +105,8 @@ def resolve(
     problems: list[ConfigError] = []
     notices: list[str] = []
     given: dict[str, Given] = {}
-    pairs = [*_file_pairs(config_file), *_environment_pairs(vocabulary, environ, notices), *(("flag", f"--{k}", k, v) for k, v in flags.items())]
+    typed: list[Pair] = [("flag", f"--{name}", name, value) for name, value in flags.items()]
+    pairs = [*_file_pairs(config_file), *_environment_pairs(vocabulary, environ, notices), *typed]
     for item in _recognised(vocabulary, pairs, hint, problems):
         given[item.key.name] = item
     decoded = [_decoded(item, problems) for item in given.values() if not _is_empty(item)]
@@ -193,7 +194,8 @@ def _recognised(vocabulary: Vocabulary, pairs: list[Pair], hint: str, problems: 
             continue
         previous = found.get((origin, key.name))
         if previous is not None and previous.value != value:
-            problems.append(ConfigError(f"given twice with different values ({place})", where=key.name, value=shown(key.name, [previous.value, value])))
+            both = shown(key.name, [previous.value, value])
+            problems.append(ConfigError(f"given twice with different values ({place})", where=key.name, value=both))
         found[origin, key.name] = Given(key, value, origin, place)
     return list(found.values())
 

@@ -91,7 +91,9 @@ class TrainSettings(Options):
     )
     flow_schedule_shift: float = option(3.0, gt=0, help="S in S·s / (1 + (S - 1)·s), for `logit_normal`.")
     sigma_pairing: Literal["independent", "shared"] = option("independent", help="Whether streams of a sample draw their own noise level.")
-    disable_benchmark: bool = unsupported(help="Skip a baseline sample before training.", reason="no such sample is made", changes_results=False, default=True)
+    disable_benchmark: bool = unsupported(
+        help="Skip a baseline sample before training.", reason="no such sample is made", changes_results=False, default=True
+    )
     scheduled_sampling_max_step_offset: int = unsupported(
         help="Rollout during training.", reason="scheduled sampling is " + LATER, changes_results=True, default=0
     )
@@ -118,9 +120,14 @@ class DataSettings(Options):
     data: str = option("", help="A folder of clips with .txt captions: short for a dataset file with one video entry.", metavar="DIR")
     cache_dir: str = option("cache", help="Where encoded clips and captions are kept, unless an entry names its own.", metavar="DIR")
     resolution: float = option(512, gt=0, help="Side of the square whose area a clip is resized to, or megapixels for `area`.")
-    resolution_type: Literal["pixel", "pixel_area", "area"] = option("pixel_area", help="What `resolution` means: shorter side, side of the square of equal area, or megapixels.")
+    resolution_type: Literal["pixel", "pixel_area", "area"] = option(
+        "pixel_area", help="What `resolution` means: shorter side, side of the square of equal area, or megapixels."
+    )
     minimum_image_size: float = option(0, ge=0, help="Clips whose shorter side is below it are skipped; 0: none.", unit="pixels")
-    frame_rate: float | None = option(None, gt=0, help="Clips are resampled to it by presentation time; the family's default when empty.", unit="frames/s", aliases=("framerate",))
+    frame_rate: float | None = option(
+        None, gt=0, help="Clips are resampled to it by presentation time; the family's default when empty.", unit="frames/s",
+        aliases=("framerate",)
+    )
     vae_batch_size: int = option(1, ge=1, help="Clips encoded at once.", unit="clips")
     dataloader_prefetch: int = option(2, ge=0, help="Batches prepared ahead of the step.", unit="batches")
     strict: bool = option(False, help="Whatever would be adjusted or skipped is an error instead.")
@@ -129,7 +136,8 @@ class DataSettings(Options):
         changes_results=False, default=False,
     )
     skip_file_discovery: str = unsupported(
-        help="Skip scanning.", reason="files are found anew at each start, which costs one directory listing", changes_results=False, default=""
+        help="Skip scanning.", reason="files are found anew at each start, which costs one directory listing",
+        changes_results=False, default=""
     )
 
 
@@ -139,7 +147,9 @@ class RunSettings(Options):
     title: ClassVar[str] = "Run"
 
     output_dir: str = option("output", help="The run folder.", metavar="DIR")
-    checkpoint_step_interval: int = option(500, ge=0, help="A checkpoint every so many steps; 0: only at the end.", unit="steps", aliases=("checkpointing_steps",))
+    checkpoint_step_interval: int = option(
+        500, ge=0, help="A checkpoint every so many steps; 0: only at the end.", unit="steps", aliases=("checkpointing_steps",)
+    )
     checkpoints_total_limit: int = option(5, ge=0, help="Older checkpoints beyond this number are deleted; 0: keep all.")
     resume_from_checkpoint: str = option("", help="`latest`, or a checkpoint folder.", metavar="DIR")
     report_to: str = option("none", help="Trackers beside metrics.jsonl, separated by commas; `none`.")
@@ -167,15 +177,28 @@ class ValidationSettings(Options):
         help="Leave out the sample with the empty prompt.", reason="no such sample is made", changes_results=False, default=True
     )
     validation_step_interval: int = unsupported(
-        help="Samples during training.", reason="samples are made at the end of the run", changes_results=False, default=0, aliases=("validation_steps",)
+        help="Samples during training.", reason="samples are made at the end of the run", changes_results=False, default=0,
+        aliases=("validation_steps",)
     )
-    validation_prompt_library: str | bool = unsupported(help="A file of prompts.", reason="prompt libraries are " + LATER, changes_results=False, default="")
-    validation_using_datasets: bool = unsupported(help="Samples from evaluation images.", reason="evaluation datasets are " + LATER, changes_results=False, default=False)
-    validation_adapter_path: str = unsupported(help="A second adapter for samples.", reason="adapters for samples are " + LATER, changes_results=False, default="")
-    validation_adapter_config: str | dict[str, object] | None = unsupported(help="Adapters for samples.", reason="adapters for samples are " + LATER, changes_results=False)
-    validation_adapter_strength: float = unsupported(help="Strength of that adapter.", reason="adapters for samples are " + LATER, changes_results=False, default=1.0)
+    validation_prompt_library: str | bool = unsupported(
+        help="A file of prompts.", reason="prompt libraries are " + LATER, changes_results=False, default=""
+    )
+    validation_using_datasets: bool = unsupported(
+        help="Samples from evaluation images.", reason="evaluation datasets are " + LATER, changes_results=False, default=False
+    )
+    validation_adapter_path: str = unsupported(
+        help="A second adapter for samples.", reason="adapters for samples are " + LATER, changes_results=False, default=""
+    )
+    validation_adapter_config: str | dict[str, object] | None = unsupported(
+        help="Adapters for samples.", reason="adapters for samples are " + LATER, changes_results=False
+    )
+    validation_adapter_strength: float = unsupported(
+        help="Strength of that adapter.", reason="adapters for samples are " + LATER, changes_results=False, default=1.0
+    )
     evaluation_type: str = unsupported(help="Scores for samples.", reason="scores are " + LATER, changes_results=False, default="none")
-    eval_dataset_id: str = unsupported(help="Which dataset to evaluate on.", reason="evaluation datasets are " + LATER, changes_results=False, default="")
+    eval_dataset_id: str = unsupported(
+        help="Which dataset to evaluate on.", reason="evaluation datasets are " + LATER, changes_results=False, default=""
+    )
 
 
 CORE_OPTIONS: tuple[type[Options], ...] = (

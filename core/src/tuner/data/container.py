@@ -6,6 +6,7 @@ scripts) are not admitted, whatever the file's name says.
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,6 +112,15 @@ class Timeline:
     last_duration: float = 0.0
     packets: int = 0
 
+    def add(self, time: float, duration: float, *, discard: bool) -> None:
+        """Takes in one packet; `discard`: it is decoded but not shown."""
+        self.packets += 1
+        if discard:
+            return
+        insort(self.times, time)
+        if time == self.times[-1]:
+            self.last_duration = duration
+
     @property
     def end(self) -> float:
         """When the last frame stops being shown."""
@@ -123,15 +133,14 @@ class Timeline:
 
     @property
     def slack(self) -> float:
-        """Times and their origin are both rounded to ticks (1 ms in Matroska), so times are compared with two ticks of tolerance;
-        never more than a quarter frame, since some containers tick once a frame."""
-        return min(2 * self.tick, self.interval / 4)
+        """Times and their origin are each rounded to half a tick (1 ms in Matroska), so times are compared with one tick of
+        tolerance; never more than an eighth of a frame, since some containers tick once a frame."""
+        return min(self.tick, self.interval / 8)
 
 
 def count_frames(seconds: float, frame_rate: float, slack: float) -> int:
-    """How many k = 0, 1, ... have k / frame_rate before `seconds`, by more than `slack` seconds."""
-    span = (seconds - slack) * frame_rate
-    return max(0, int(span) + (span > int(span)))
+    """How many k = 0, 1, ... have k / frame_rate before `seconds`. Twice the slack: the last frame's duration is rounded too."""
+    return max(0, math.ceil((seconds - 2 * slack) * frame_rate))
 
 
 @contextmanager
@@ -139,7 +148,8 @@ def open_media(path: Path) -> Iterator[InputContainer]:
     """Opens `path` for reading. Raises `RefusedMedia`, `UnreadableMedia`; decoding errors inside the block become `UnreadableMedia`."""
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
-        with av.open(str(path.resolve()), container_options=options) as container:
+        # Titles and handler names of old files are often not UTF-8; nothing here reads them.
+        with av.open(str(path.resolve()), container_options=options, metadata_errors="replace") as container:
             yield container
     except av.FFmpegError as error:
         raise _refusal(path) or UnreadableMedia(f"cannot be decoded: {error.strerror or error}", where=str(path)) from error
@@ -215,42 +225,43 @@ def _read_packets(path: Path) -> tuple[Timeline, float]:
     """The picture's times and the seconds of the first sound track. Raises `TruncatedMedia` when the file ends early."""
     with open_media(path) as container:
         picture = picture_stream(container, path)
-        sounds = container.streams.audio[:1]
-        timeline, heard, last_end = Timeline(float(picture.time_base)), 0.0, 0.0
-        for packet in container.demux([picture, *sounds]):
+        sound = next(iter(container.streams.audio), None)
+        _require_indexed_bytes(container, path)
+        timeline, heard, last_end = Timeline(float(picture.time_base or 0)), 0.0, 0.0
+        for packet in container.demux():
             stamp = packet.pts if packet.pts is not None else packet.dts
-            if stamp is None:
+            if stamp is None or packet.stream is None:
                 continue
-            if packet.is_corrupt:
+            if packet.is_corrupt and packet.stream in (picture, sound):
                 raise TruncatedMedia("the file ends inside a frame", where=str(path))
             time, duration = float(stamp * packet.time_base), float((packet.duration or 0) * packet.time_base)
             last_end = max(last_end, time + duration)
-            if packet.stream.type == "audio":
+            if packet.stream == sound:
                 heard += duration
-            else:
-                _add(timeline, time, duration, discard=packet.is_discard)
+            elif packet.stream == picture:
+                timeline.add(time, duration, discard=packet.is_discard)
         _require_whole(container, picture, timeline, last_end, path)
         return timeline, heard
 
 
-def _add(timeline: Timeline, time: float, duration: float, *, discard: bool) -> None:
-    timeline.packets += 1
-    if discard:
-        return
-    insort(timeline.times, time)
-    if time == timeline.times[-1]:
-        timeline.last_duration = duration
+def _require_indexed_bytes(container: InputContainer, path: Path) -> None:
+    """The index at the head of an mp4 tells where each frame lies: all must lie within the file. (Frames are not simply counted,
+    because a clip that was trimmed by an edit list rightly shows fewer than it holds.)"""
+    size = path.stat().st_size
+    for stream in container.streams:
+        beyond = sum(1 for entry in stream.index_entries if entry.pos + entry.size > size)
+        if beyond:
+            raise TruncatedMedia(f"the file ends early: {beyond} of {len(stream.index_entries)} frames are missing", where=str(path))
 
 
 def _require_whole(container: InputContainer, picture: VideoStream, timeline: Timeline, last_end: float, path: Path) -> None:
-    """Compares what was found with what the header announces."""
+    """Compares what was found with what the header announces, for formats whose index comes last and is lost with the end."""
     if not timeline.times:
         raise UnreadableMedia("holds no frames", where=str(path))
-    if timeline.packets < picture.frames:
+    if container.format.name == "avi" and timeline.packets < picture.frames:
         raise TruncatedMedia(f"the file ends early: {timeline.packets} of {picture.frames} frames are there", where=str(path))
     announced = (container.duration or 0) / av.time_base
-    # Half a second: headers of Matroska round generously, and a sound track may outlast its last packet's stated duration.
-    if "matroska" in container.format.name and last_end < announced - 0.5:
+    if "matroska" in container.format.name and last_end < announced - max(0.1, 2 * timeline.interval):
         raise TruncatedMedia(f"the file ends early: {last_end:.2f} of {announced:.2f} seconds are there", where=str(path))
 
 

@@ -59,15 +59,16 @@ def decode_frames(
         to_array = _Scaler(stream, size)
         last: VideoFrame | None = None
         for frame in container.decode(stream):
-            if frame.pts is None:
+            time = frame.time
+            if time is None:
                 raise UnreadableMedia("a frame has no presentation time", where=str(path))
-            due = sum(1 for target in targets[len(shown) :] if target < float(frame.pts * frame.time_base))
+            due = sum(1 for target in targets[len(shown) :] if target < time)
             shown += _repeat(last, due, to_array, path)
             last = frame
             if len(shown) == frames:
                 break
         # The header's last frame is on screen until the end; a decoder that stopped before it has lost frames.
-        if len(shown) < frames and (last is None or float(last.pts * last.time_base) + timeline.slack < timeline.times[-1]):
+        if len(shown) < frames and (last is None or (last.time or 0.0) + timeline.slack < timeline.times[-1]):
             raise TruncatedMedia(f"decoding stopped after {len(shown)} of {frames} frames", where=str(path))
         shown += _repeat(last, frames - len(shown), to_array, path)
     return np.stack(shown)
@@ -77,7 +78,7 @@ def _repeat(frame: VideoFrame | None, times: int, to_array: _Scaler, path: Path)
     if times <= 0 or frame is None:
         return []
     if frame.is_corrupt:
-        raise TruncatedMedia(f"the frame at {float(frame.pts * frame.time_base):.3f} s is damaged", where=str(path))
+        raise TruncatedMedia(f"the frame at {frame.time or 0.0:.3f} s is damaged", where=str(path))
     return [to_array(frame)] * times
 
 
@@ -130,7 +131,7 @@ def decode_sound(
     """
     origin = picture_timeline(path).times[0] + start
     wanted = round(seconds * sample_rate)
-    out = np.zeros((channels, wanted), np.float32)
+    out: NDArray[np.float32] = np.zeros((channels, wanted), np.float32)
     valid = decoded = 0
     with open_media(path) as container:
         if not container.streams.audio:

@@ -64,7 +64,8 @@ def _write_streams(container: OutputContainer, video: VideoClip, sound: AudioCli
     picture = container.add_stream("libx264", rate=rate, options={"crf": "16"})
     picture.height, picture.width, picture.pix_fmt = video.frames.shape[1], video.frames.shape[2], "yuv420p"
     picture.codec_context.colorspace, picture.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
-    voice = container.add_stream("aac", rate=sound.sample_rate, layout="mono" if sound.samples.shape[0] == 1 else "stereo") if sound else None
+    layout = "mono" if sound and sound.samples.shape[0] == 1 else "stereo"
+    voice = container.add_stream("aac", rate=sound.sample_rate, layout=layout) if sound else None
     for index, image in enumerate(video.frames.cpu().numpy()):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(
             format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, interpolation=Interpolation.BICUBIC
@@ -73,7 +74,7 @@ def _write_streams(container: OutputContainer, video: VideoClip, sound: AudioCli
         container.mux(picture.encode(frame))
     container.mux(picture.encode(None))
     if voice is not None and sound is not None:
-        samples = av.AudioFrame.from_ndarray(sound.samples[:2].cpu().float().clamp(-1, 1).contiguous().numpy(), "fltp", voice.layout.name)
+        samples = av.AudioFrame.from_ndarray(sound.samples[:2].cpu().float().clamp(-1, 1).contiguous().numpy(), "fltp", layout)
         samples.sample_rate, samples.pts, samples.time_base = sound.sample_rate, 0, Fraction(1, sound.sample_rate)
         container.mux(voice.encode(samples))
         container.mux(voice.encode(None))

@@ -10,10 +10,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from tuner.data.container import DecoderFailed
 from tuner.errors import DataError, EnvironmentProblem, TunerError
@@ -72,9 +73,12 @@ class _Worker:
         self.pipe.close()
 
 
-class _Job(Generic[T]):
-    def __init__(self, index: int, worker: _Worker, deadline: float, where: str) -> None:
-        self.index, self.worker, self.deadline, self.where = index, worker, deadline, where
+@dataclass(frozen=True)
+class _Job:
+    index: int
+    worker: _Worker
+    deadline: float
+    where: str
 
 
 class DecodeWorkers:
@@ -105,7 +109,7 @@ class DecodeWorkers:
         `function` and arguments must be picklable, the first argument names the clip. Raises other `TunerError`s.
         """
         todo = enumerate(tasks)
-        jobs: dict[Connection, _Job[T]] = {}
+        jobs: dict[Connection, _Job] = {}
         done: dict[int, T | DataError] = {}
         upcoming = 0
         exhausted = False
@@ -127,20 +131,21 @@ class DecodeWorkers:
             for job in jobs.values():
                 job.worker.end()
 
-    def _start(self, index: int, function: Callable[..., T], task: tuple[Any, ...]) -> _Job[T]:
+    def _start(self, index: int, function: Callable[..., T], task: tuple[Any, ...]) -> _Job:
         worker = self._idle.pop() if self._idle else _Worker()
         worker.await_ready()
         worker.pipe.send((function, task))
         return _Job(index, worker, time.monotonic() + self._timeout, str(task[0]))
 
-    def _collect(self, jobs: dict[Connection, _Job[T]], done: dict[int, T | DataError]) -> None:
+    def _collect(self, jobs: dict[Connection, _Job], done: dict[int, T | DataError]) -> None:
         """Waits for an answer, a death or a deadline."""
         if not jobs:
             return
         rest = min(job.deadline for job in jobs.values()) - time.monotonic()
         # Answers are taken before deadlines are looked at: the consumer may have been busy for longer than that.
-        for pipe in wait(list(jobs), max(0.0, rest)):
-            job = jobs.pop(pipe)  # type: ignore[arg-type]
+        answered = set(wait(list(jobs), max(0.0, rest)))
+        for pipe in [pipe for pipe in jobs if pipe in answered]:
+            job = jobs.pop(pipe)
             done[job.index] = self._receive(job)
         for pipe, job in list(jobs.items()):
             if time.monotonic() > job.deadline and not pipe.poll():
@@ -148,7 +153,7 @@ class DecodeWorkers:
                 job.worker.end()
                 done[job.index] = DecoderFailed(f"decoding did not end within {self._timeout:g} seconds", where=job.where)
 
-    def _receive(self, job: _Job[T]) -> T | DataError:
+    def _receive(self, job: _Job) -> Any:
         try:
             value, error = job.worker.pipe.recv()
         except (EOFError, OSError):
@@ -161,7 +166,7 @@ class DecodeWorkers:
             return error
         if error is not None:
             raise error
-        return value  # type: ignore[no-any-return]
+        return value
 
 
 def in_worker(workers: DecodeWorkers, function: Callable[..., T], *arguments: Any) -> T:

@@ -57,7 +57,8 @@ def load_plugins(environ: Mapping[str, str] = os.environ, extra: Sequence[tuple[
         else:
             plugins.append(_load(candidate, claims))
     installed = {candidate.name for candidate in candidates} | {BUILTINS}
-    plugins.extend(_absent(_unknown(name), "failed", f"{ONLY} names it, but it is not installed") for name in sorted((only or set()) - installed))
+    missing = sorted((only or set()) - installed)
+    plugins.extend(_absent(_unknown(name), "failed", f"{ONLY} names it, but it is not installed") for name in missing)
     for name in sorted((disabled or set()) - installed):
         log.warning("%s names %r, which is not installed", DISABLED, name)
     for record in (plugin.record for plugin in plugins if plugin.record.status == "failed"):

@@ -68,7 +68,7 @@ class Registry:
             raise PluginError(words, where=where, value=name, remedy=f"{absences(culprits or missing)}; {advice}")
         raise ConfigError(words, where=where, value=name, remedy="; ".join(filter(None, [advice, absences(missing)])))
 
-    def failures_hint(self) -> str:
+    def hint(self) -> str:
         """Which plugins did not load and why, for errors about unknown keys; empty when all did."""
         return absences([record for record in self.plugins if record.status != "loaded"])
 
@@ -102,11 +102,12 @@ class Registry:
         warnings: list[str] = []
         for plugin in self._active():
             offered = click.Group()
-            warnings.extend(self._attempt(plugin, "tuner_register_commands", cli=offered))
-            taken = [name for name in offered.commands if name in cli.list_commands(click.Context(cli))]
-            warnings.extend(_warn(plugin, f"its command {name!r} exists already and is left out") for name in taken)
+            existing = cli.list_commands(click.Context(cli))
+            failures = self._attempt(plugin, "tuner_register_commands", cli=offered)
+            taken = [name for name in offered.commands if name in existing]
+            warnings += [*failures, *(_warn(plugin, f"its command {name!r} exists already and is left out") for name in taken)]
             for name, command in offered.commands.items():
-                if name not in taken:
+                if name not in taken and not failures:
                     cli.add_command(command, name)
         return tuple(warnings)
 

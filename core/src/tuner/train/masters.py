@@ -62,7 +62,7 @@ class MasterWeights:
         """
         gradients = [master.grad for master in self.optimized() if master.grad is not None]
         if not gradients:
-            return torch.zeros(())
+            return torch.zeros((), device=next((master.device for master in self.optimized()), None))
         # Measured in float32 also where gradients are bfloat16, whose own norm would be good to three digits only.
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

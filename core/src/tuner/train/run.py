@@ -10,6 +10,7 @@ heartbeat.json         that it lives, and where it is
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -168,11 +169,16 @@ class RunFolder:
             raise self._unwritable(name, error) from error
 
     def _append(self, name: str, content: Mapping[str, object]) -> None:
-        """Adds a whole line with one write, after cutting off what a crash may have left of a line."""
+        """Adds a whole line with one write, after cutting off what a crash may have left of a line.
+
+        Locked, because a write becomes visible page by page: another writer would take the first half for a torn line. A reader
+        may still meet that half, so it should leave out a last line without an end.
+        """
         line = (json.dumps(masked(content), ensure_ascii=False, allow_nan=False) + "\n").encode()
         try:
             descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 size = _cut_torn_line(descriptor)
                 written = os.write(descriptor, line)
                 if written < len(line):

@@ -36,7 +36,7 @@ def sample(
         adapter = read_adapter(registry, lora)
         check_adapter(adapter, plan.source.headers("transformer"), str(lora))
         adapter = replace(adapter, alpha=adapter.alpha * strength)
-        add_adapters(model, adapter.targets, AdapterSettings(lora_rank=adapter.rank, lora_alpha=adapter.alpha), 0)
+        add_adapters(model, tuple(adapter.weights), AdapterSettings(lora_rank=adapter.rank, lora_alpha=adapter.alpha), 0)
         load_adapter_state(model, adapter)
     model.eval()
     runner = BlockRunner(family.block_set(model), family.call_block)

@@ -104,6 +104,7 @@ class Session:
         assembly = assemble(self.plan, self.plan.context.device)
         stack.callback(assembly.detach)
         start = checkpoints.restore(found, assembly) if found else 0
+        self.interface.note(f"going on after step {start}" if found else "starting at step 0")
         if main:
             folder.drop_metrics_after(start)
             folder.event("training", from_step=start)

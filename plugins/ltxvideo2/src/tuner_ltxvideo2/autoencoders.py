@@ -22,7 +22,9 @@ def video_arguments(config: Mapping[str, Any], headers: Headers, version: str) -
     how pictures are padded, is in the configuration; where it says nothing, 2.0 adds and reflects, 2.3 does neither.
     """
     if config.get("timestep_conditioning"):
-        raise CheckpointError("the video decoder is conditioned on a timestep, which this version does not support", where="vae.timestep_conditioning")
+        raise CheckpointError(
+            "the video decoder is conditioned on a timestep, which this version does not support", where="vae.timestep_conditioning"
+        )
     first = version == "2.0"
     latent = shape_of(headers, "decoder.conv_in.conv.weight")[1]
     patch = int(config.get("patch_size", 4))
@@ -52,7 +54,11 @@ def _video_encoder(headers: Headers) -> dict[str, object]:
     channels, samplers = [], []
     for i, after in enumerate(following):
         channels.append(shape_of(headers, f"{after}.resnets.0.conv1.conv.weight")[1])
-        samplers.append(_stride(channels[-1], shape_of(headers, f"encoder.down_blocks.{i}.downsamplers.0.conv.conv.weight")[0], f"encoder.down_blocks.{i}"))
+        samplers.append(
+            _stride(
+                channels[-1], shape_of(headers, f"encoder.down_blocks.{i}.downsamplers.0.conv.conv.weight")[0], f"encoder.down_blocks.{i}"
+            )
+        )
     layers = [count_of(headers, f"encoder.down_blocks.{i}.resnets") for i in range(blocks)]
     return {
         "block_out_channels": tuple(channels),
@@ -179,7 +185,9 @@ def _generator(config: Mapping[str, Any], headers: Headers, prefix: str) -> dict
     kernels = [shape_of(headers, f"{prefix}upsamplers.{i}.weight")[2] for i in range(layers)]
     unknown = [kernel for kernel in kernels if kernel not in _UPSAMPLE_RATES]
     if unknown and "upsample_rates" not in config:
-        raise CheckpointError("the vocoder's upsampling is unknown", where=f"{prefix}upsamplers", value=kernels, remedy="use a file with its metadata")
+        raise CheckpointError(
+            "the vocoder's upsampling is unknown", where=f"{prefix}upsamplers", value=kernels, remedy="use a file with its metadata"
+        )
     parallel = count_of(headers, f"{prefix}resnets") // layers
     snake = f"{prefix}act_out.act.alpha" in headers
     biased = f"{prefix}conv_out.bias" in headers

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from tuner.errors import CheckpointError, ConfigError, HubError
 from tuner_ltxvideo2.variants import DEFAULT_FLAVOUR, FLAVOURS, Flavour
@@ -109,7 +116,8 @@ def describe(location: str, revision: str, flavour: str, weights: Path) -> str:
 def _fetch_weights(repository: str, revision: str, flavour: Flavour) -> Path:
     """The flavour's combined file; a repository in diffusers' layout as a whole where it has no such file."""
     files = _ask(repository, lambda: HfApi().list_repo_files(repository, revision=revision or None))
-    combined = sorted(file for file in files if fnmatch.fnmatch(file, flavour.filename) and "lora" not in file)
+    fitting = [file for file in files if fnmatch.fnmatch(file, flavour.filename) and "lora" not in file]
+    combined = sorted(fitting, key=lambda file: Path(file).stem)  # without suffix, so that `x-1.1` comes after `x`
     if not combined:
         combined = sorted(file for file in files if "/" not in file and file.endswith(".safetensors") and "lora" not in file)
         if len(combined) != 1 and "transformer/config.json" in files:
@@ -117,7 +125,10 @@ def _fetch_weights(repository: str, revision: str, flavour: Flavour) -> Path:
             return Path(_ask(repository, lambda: snapshot_download(repository, revision=revision or None, allow_patterns=patterns)))
         if len(combined) != 1:
             raise CheckpointError(
-                "the repository does not hold exactly one checkpoint", where=_WHERE, value=combined[:8], remedy="download one and give its path"
+                "the repository does not hold exactly one checkpoint",
+                where=_WHERE,
+                value=combined[:8],
+                remedy="download one and give its path",
             )
     return Path(_ask(repository, lambda: hf_hub_download(repository, combined[-1], revision=revision or None)))
 
@@ -132,7 +143,11 @@ def _ask(repository: str, call: Callable[[], T]) -> T:
             remedy=f"accept it on https://huggingface.co/{repository}, then run `hf auth login`",
         ) from error  # fmt: skip
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise HubError("there is no such repository or revision, or it is private", where=repository, remedy="check the name; `hf auth login` for a private one") from error
+        raise HubError(
+            "there is no such repository or revision, or it is private",
+            where=repository,
+            remedy="check the name; `hf auth login` for a private one",
+        ) from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise HubError(
             f"the hub cannot be reached: {type(error).__name__}", where=repository,

@@ -75,7 +75,11 @@ _HEADS: Final[Mapping[str, Mapping[str, str]]] = {
     "vocoder": {},
 }
 # Statistics that nothing reads: published beside the mean and the deviation that latents are normalised with.
-_UNREAD: Final = ("per_channel_statistics.channel", "per_channel_statistics.mean-of-stds", "per_channel_statistics.mean-of-stds_over_std-of-means")
+_UNREAD: Final = (
+    "per_channel_statistics.channel",
+    "per_channel_statistics.mean-of-stds",
+    "per_channel_statistics.mean-of-stds_over_std-of-means",
+)
 
 
 def split_original(key: str) -> tuple[str, str] | None:

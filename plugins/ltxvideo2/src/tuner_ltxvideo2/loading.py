@@ -34,6 +34,7 @@ _CLASSES: Final[Mapping[str, type[nn.Module]]] = {
     "connectors": LTX2TextConnectors,
     "vae": AutoencoderKLLTX2Video,
     "audio_vae": AutoencoderKLLTX2Audio,
+    "vocoder": LTX2Vocoder,
 }
 _PLAIN_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
 _STATISTICS: Final = frozenset({"latents_mean", "latents_std"})
@@ -44,7 +45,9 @@ _NAMED: Final = 8
 class StoredWeights(WeightSource):
     """Weights in safetensors files, whatever the layout: an index of part -> module's name -> place in a file."""
 
-    def __init__(self, location: Path, description: str, metadata: Mapping[str, object], index: Mapping[str, Mapping[str, StoredTensor]]) -> None:
+    def __init__(
+        self, location: Path, description: str, metadata: Mapping[str, object], index: Mapping[str, Mapping[str, StoredTensor]]
+    ) -> None:
         self.location = location
         self.description = description
         self._metadata = metadata
@@ -136,7 +139,13 @@ class DiffusersFolder(Loader):
 
 
 def build_part(
-    source: WeightSource, part: str, variant: Variant, *, dtype: torch.dtype, device: torch.device, skip: Callable[[str], bool] | None = None
+    source: WeightSource,
+    part: str,
+    variant: Variant,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    skip: Callable[[str], bool] | None = None,
 ) -> nn.Module:
     """The module of `part` with its weights on `device` in `dtype`, in evaluation mode, needing no gradient.
 
@@ -159,18 +168,24 @@ def build_part(
 
 def empty_part(part: str, variant: Variant) -> nn.Module:
     """The module of `part` on the meta device: names and shapes, no storage."""
-    arguments: dict[str, Any] = dict(variant.config[part])
-    if part == "vocoder":
-        cls: type[nn.Module] = LTX2VocoderWithBWE if "bwe_hidden_channels" in arguments else LTX2Vocoder
-    else:
-        cls = _CLASSES[part]
     with torch.device("meta"):
-        module = cls(**arguments)
-        if part == "audio_vae":
-            # diffusers sizes these by `base_channels`, which is the packed width (channels x mel) only in the released model.
-            width = arguments["latent_channels"] * arguments["mel_bins"] // 4
-            for name in _STATISTICS:
-                module.register_buffer(name, torch.empty(width))
+        return make_part(part, variant)
+
+
+def part_class(part: str, arguments: Mapping[str, object]) -> type[nn.Module]:
+    """diffusers' class of `part`; a vocoder with a bandwidth extension has one of its own."""
+    return LTX2VocoderWithBWE if part == "vocoder" and "bwe_hidden_channels" in arguments else _CLASSES[part]
+
+
+def make_part(part: str, variant: Variant) -> nn.Module:
+    """The module of `part` as its class initializes it, on the default device."""
+    arguments: dict[str, Any] = dict(variant.config[part])
+    module = part_class(part, arguments)(**arguments)
+    if part == "audio_vae":
+        # diffusers sizes these by `base_channels`, which is the packed width (channels x mel) only in the released model.
+        width = arguments["latent_channels"] * arguments["mel_bins"] // 4
+        for name in _STATISTICS:
+            module.register_buffer(name, torch.zeros(width))
     return module
 
 
@@ -193,7 +208,9 @@ def _check_part(module: nn.Module, part: str, headers: Mapping[str, TensorHeader
         for name, shape in needed.items()
         if name in headers and tuple(headers[name].shape) != shape
     ]
-    _raise_keys(part, missing=[name for name in needed if name not in headers], unknown=[n for n in headers if n not in needed], misshapen=wrong)
+    _raise_keys(
+        part, missing=[name for name in needed if name not in headers], unknown=[n for n in headers if n not in needed], misshapen=wrong
+    )
 
 
 def _raise_keys(part: str, **problems: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ Dimensions: r rank.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional
 
 from tuner.errors import CheckpointError, DiskError
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
@@ -76,8 +78,9 @@ class UniversalFormat(CheckpointFormat):
             raise CheckpointError(f"is no readable safetensors file: {error}", where=path.name) from error
         parts = _by_module(tensors, path.name)
         scale = _scale_of_diffusers(metadata, path.name)
-        weights = {module: _pair(module, part, scale, path.name) for module, part in parts.items()}
-        rank = max(down.shape[0] for down, _ in weights.values())
+        pairs = {module: _pair(module, part, scale, path.name) for module, part in parts.items()}
+        rank = max(down.shape[0] for down, _ in pairs.values())
+        weights = {module: _padded(pair, rank) for module, pair in pairs.items()}
         return AdapterState(weights, rank=rank, alpha=float(rank), targets=tuple(sorted(weights)))
 
 
@@ -122,7 +125,8 @@ def _write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise DiskError(f"the adapter could not be written: {error}", where=str(path)) from error
 
 
@@ -164,6 +168,12 @@ def _pair(module: str, part: Mapping[str, Tensor], scale: float, where: str) -> 
     if "alpha" in part:
         scale = float(part["alpha"].to(torch.float64)) / down.shape[0]
     return down, _folded(up, scale)
+
+
+def _padded(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """The same product at a higher rank, the new rows of A and columns of B zero: files may mix ranks, an `AdapterState` has one."""
+    missing = rank - pair[0].shape[0]
+    return (functional.pad(pair[0], (0, 0, 0, missing)), functional.pad(pair[1], (0, missing))) if missing else pair
 
 
 def _scale_of_diffusers(metadata: Mapping[str, str], where: str) -> float:

@@ -10,15 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.nn import functional
 
 from tuner.errors import ConfigError
-from tuner.interfaces.family import Batch, Geometry, Noise, Prediction, SampleRequest, StreamBatch, StreamNoise, TokenShift
-from tuner_ltxvideo2.inputs import AUDIO_CHANNELS, audio_length, pack_video, video_grid
+from tuner.interfaces.encoders import AudioClip, LatentEncoder, VideoClip
+from tuner.interfaces.family import (
+    Batch,
+    Generated,
+    Geometry,
+    Noise,
+    Prediction,
+    SampleRequest,
+    StreamBatch,
+    StreamNoise,
+    TokenShift,
+)
+from tuner_ltxvideo2.audio_latents import AudioDecoder
+from tuner_ltxvideo2.inputs import AUDIO_CHANNELS, audio_length, pack_video, unpack_video, video_grid
+from tuner_ltxvideo2.video_latents import VideoDecoder
 
 VIDEO_CHANNELS = 128
 MEL_BINS = 16
@@ -41,10 +56,12 @@ class Prompt:
 def check_request(request: SampleRequest, geometry: Geometry) -> None:
     """Raises `ConfigError` for a size or length that the latents cannot have, naming the nearest that they can."""
     for name, value in (("width", request.width), ("height", request.height)):
-        if geometry.snap_size(value) != value:
+        smallest = 2 * geometry.size_step  # the decoder reflects at the border, which a single latent cannot
+        nearest = max(smallest, geometry.snap_size(value))
+        if nearest != value:
             raise ConfigError(
-                f"must be a multiple of {geometry.size_step} pixels", where=f"sample {name}", value=value,
-                remedy=f"use {geometry.snap_size(value)}",
+                f"must be a multiple of {geometry.size_step} pixels and at least {smallest}", where=f"sample {name}", value=value,
+                remedy=f"use {nearest}",
             )
     if geometry.snap_frames(request.frames) != request.frames:
         raise ConfigError(
@@ -93,6 +110,22 @@ def initial_noise(seed: int, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
     return noise
 
 
+def encode_prompts(encoder: LatentEncoder, requests: Sequence[SampleRequest], device: torch.device) -> list[Prompt]:
+    """The prompts of all requests, each different text encoded once; the encoder is gone from `device` afterwards."""
+    texts = dict.fromkeys(text for request in requests for text in _texts(request))
+    try:
+        encoder.load(device)
+        encoded = {text: encoder.encode([text])[0].tensors for text in texts}
+    finally:
+        encoder.unload()
+    batched = {text: {name: tensor[None] for name, tensor in tensors.items()} for text, tensors in encoded.items()}
+    return [Prompt(*(batched[text] for text in _texts(request))) for request in requests]
+
+
+def _texts(request: SampleRequest) -> tuple[str, ...]:
+    return (request.prompt, request.negative_prompt) if is_guided(request) else (request.prompt,)
+
+
 @torch.no_grad()
 def denoise(
     predict: Predict,
@@ -113,7 +146,7 @@ def denoise(
     sides = [prompt.positive] if prompt.negative is None else [prompt.positive, prompt.negative]
     text = {name: torch.cat([side[name] for side in sides]).to(device) for name in latents}
     scales = {"video": request.guidance, "audio": request.audio_guidance or request.guidance}
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in pairwise(sigmas):
         velocity = predict(*_inputs(latents, text, sigma, grids, request.frame_rate, len(sides))).streams
         for name, values in latents.items():
             clean = _guided(values - sigma * velocity[name].float(), scales[name])
@@ -141,3 +174,43 @@ def _guided(clean: Tensor, scale: float) -> Tensor:
         return clean
     positive, negative = clean.chunk(2)
     return positive + (scale - 1) * (positive - negative)
+
+
+# --- from latents to a clip --------------------------------------------------------------------------------------
+def decode(
+    requests: Sequence[SampleRequest],
+    latents: Sequence[Mapping[str, Tensor]],
+    video: VideoDecoder,
+    audio: AudioDecoder,
+    device: torch.device,
+) -> list[Generated]:
+    """Pictures of all clips, then their sound, so that one decoder at a time is in memory. A stream without latents gives None."""
+    pictures: list[VideoClip | None] = [None] * len(requests)
+    sounds: list[AudioClip | None] = [None] * len(requests)
+    if any("video" in given for given in latents):
+        try:
+            video.load(device)
+            for index, (request, given) in enumerate(zip(requests, latents, strict=True)):
+                if "video" in given:
+                    grid = video_grid(request.frames, request.height, request.width)
+                    pictures[index] = video.decode(unpack_video(given["video"], grid), request.frame_rate)
+        finally:
+            video.unload()
+    if any("audio" in given for given in latents):
+        try:
+            audio.load(device)
+            for index, (request, given) in enumerate(zip(requests, latents, strict=True)):
+                if "audio" in given:
+                    sounds[index] = fit_sound(audio.decode(given["audio"]), request.frames / request.frame_rate)
+        finally:
+            audio.unload()
+    kept = [{name: tensor.cpu() for name, tensor in given.items()} for given in latents]
+    return [Generated(*parts) for parts in zip(pictures, sounds, kept, strict=True)]
+
+
+def fit_sound(clip: AudioClip, seconds: float) -> AudioClip:
+    """Exactly as long as the picture: cut, or padded with silence (the causal audio VAE gives 30 ms less than its latents span)."""
+    wanted = round(seconds * clip.sample_rate)
+    missing = wanted - clip.samples.shape[-1]
+    samples = functional.pad(clip.samples, (0, missing)) if missing > 0 else clip.samples[:, :wanted]
+    return AudioClip(samples, clip.sample_rate, min(clip.valid_samples, wanted))

@@ -50,7 +50,9 @@ def read_header(path: Path) -> StoredFile:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 0 < length <= min(_LARGEST_HEADER, size - 8):
-                raise CheckpointError("this is no safetensors file, or it is cut short", where=path.name, value=f"{size} bytes", remedy="download it again")
+                raise CheckpointError(
+                    "this is no safetensors file, or it is cut short", where=path.name, value=f"{size} bytes", remedy="download it again"
+                )
             entries: dict[str, Any] = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=path.name) from error
@@ -106,4 +108,6 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in names]
         if (folder / f"{stem}.safetensors").is_file():
             return [folder / f"{stem}.safetensors"]
-    raise CheckpointError("the folder holds no safetensors weights", where=folder.name, remedy="download it again; pickled weights are not read")
+    raise CheckpointError(
+        "the folder holds no safetensors weights", where=folder.name, remedy="download it again; pickled weights are not read"
+    )

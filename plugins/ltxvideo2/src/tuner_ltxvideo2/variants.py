@@ -69,7 +69,6 @@ _RELEASED: Final[Mapping[str, Any]] = {
     "timestep_scale_multiplier": 1000,
     "av_ca_timestep_scale_multiplier": 1000.0,
     "connector_attention_head_dim": 128,
-    "audio_connector_attention_head_dim": 64,
     "connector_num_learnable_registers": 128,
     "connector_positional_embedding_max_pos": [4096],
 }
@@ -93,7 +92,9 @@ def detect(metadata: Mapping[str, object], headers: Mapping[str, Headers]) -> Va
     from tuner_ltxvideo2 import autoencoders
 
     if "transformer" not in headers:
-        raise CheckpointError("the checkpoint holds no transformer", value=sorted(headers), remedy="give the file that holds the whole model")
+        raise CheckpointError(
+            "the checkpoint holds no transformer", value=sorted(headers), remedy="give the file that holds the whole model"
+        )
     version = _version(metadata, headers["transformer"])
     original = _table(metadata, "transformer")
     if str(original.get("_class_name", "")) not in _DIFFUSERS_CLASSES:
@@ -113,7 +114,8 @@ def detect(metadata: Mapping[str, object], headers: Mapping[str, Headers]) -> Va
 
 
 _DIFFUSERS_CLASSES: Final = frozenset({
-    "LTX2VideoTransformer3DModel", "LTX2TextConnectors", "AutoencoderKLLTX2Video", "AutoencoderKLLTX2Audio", "LTX2Vocoder", "LTX2VocoderWithBWE",
+    "LTX2VideoTransformer3DModel", "LTX2TextConnectors", "AutoencoderKLLTX2Video", "AutoencoderKLLTX2Audio",
+    "LTX2Vocoder", "LTX2VocoderWithBWE",
 })  # fmt: skip
 
 
@@ -123,24 +125,22 @@ def _table(metadata: Mapping[str, object], part: str) -> Mapping[str, Any]:
 
 
 def _version(metadata: Mapping[str, object], headers: Headers) -> str:
-    """"2.0" or "2.3", by what the transformer is made of; the number in the metadata only ever refuses."""
+    """The name of the variant, by what the transformer is made of; the number in the metadata only ever refuses."""
     config = _table(metadata, "transformer")
-    newer = [
-        reason
-        for reason, holds in (
-            ("its metadata says so", str(metadata.get("model_version", "")).startswith("2.5")),
-            ("its video feed-forward has no bias", "transformer_blocks.0.ff.net.2.weight" in headers and "transformer_blocks.0.ff.net.2.bias" not in headers),
-            ("its configuration says ff_bias false", config.get("ff_bias") is False),
-            ("it embeds keyframes", "keyframes_abs_pos_embedding" in headers or bool(config.get("use_keyframes_abs_pos_embedding"))),
-        )
-        if holds
-    ]
+    feed_forward = "transformer_blocks.0.ff.net.2"
+    signs = {
+        "its metadata says so": str(metadata.get("model_version", "")).startswith("2.5"),
+        "its video feed-forward has no bias": f"{feed_forward}.weight" in headers and f"{feed_forward}.bias" not in headers,
+        "its configuration says ff_bias false": config.get("ff_bias") is False,
+        "it embeds keyframes": "keyframes_abs_pos_embedding" in headers or bool(config.get("use_keyframes_abs_pos_embedding")),
+    }
+    newer = ", ".join(sign for sign, seen in signs.items() if seen)
     if newer:
         raise CheckpointError(
-            f"this is an LTX-2.5 checkpoint ({', '.join(newer)}), which is not supported in this version: {_NEWER}",
+            f"this is an LTX-2.5 checkpoint ({newer}), which is not supported in this version: {_NEWER}",
             remedy="use flavour dev, 2.3-dev or 2.3-distilled",
         )
-    gated = bool(config.get("apply_gated_attention", config.get("gated_attn"))) or "transformer_blocks.0.attn1.to_gate_logits.weight" in headers
+    gated = config.get("apply_gated_attention") or config.get("gated_attn") or "transformer_blocks.0.attn1.to_gate_logits.weight" in headers
     return "2.3" if gated or "prompt_adaln.linear.weight" in headers else "2.0"
 
 
@@ -152,8 +152,10 @@ def _released_or(config: Mapping[str, Any], headers: Headers) -> Mapping[str, An
     if widths != (4096, 2048):
         raise CheckpointError(
             "the file has no configuration in its metadata and is not of a released size, so its attention heads are unknown",
-            where="metadata 'config'", value=f"width {widths[0]} and {widths[1]}", remedy="use a file with its metadata, or a folder in the diffusers layout",
-        )  # fmt: skip
+            where="metadata 'config'",
+            value=f"width {widths[0]} and {widths[1]}",
+            remedy="use a file with its metadata, or a folder in the diffusers layout",
+        )
     return {**_RELEASED, **config}
 
 
@@ -185,7 +187,7 @@ def _transformer(config: Mapping[str, Any], headers: Headers) -> dict[str, objec
         "pos_embed_max_pos": video_max[0],
         "base_height": video_max[1],
         "base_width": video_max[2],
-        "audio_pos_embed_max_pos": list(config.get("audio_positional_embedding_max_pos", (20,)))[0],
+        "audio_pos_embed_max_pos": config.get("audio_positional_embedding_max_pos", (20,))[0],
         "timestep_scale_multiplier": config.get("timestep_scale_multiplier", 1000),
         "cross_attn_timestep_scale_multiplier": config.get("av_ca_timestep_scale_multiplier", 1),
         "gated_attn": gated,
@@ -205,7 +207,7 @@ def _connectors(config: Mapping[str, Any], headers: Headers) -> dict[str, object
     arguments: dict[str, object] = {
         "caption_channels": caption,
         "text_proj_in_factor": shape_of(headers, f"{projection}.weight")[1] // caption,
-        "connector_rope_base_seq_len": list(config.get("connector_positional_embedding_max_pos", (4096,)))[0],
+        "connector_rope_base_seq_len": config.get("connector_positional_embedding_max_pos", (4096,))[0],
         "rope_theta": config.get("positional_embedding_theta", 10000.0),
         "rope_double_precision": config.get("frequencies_precision") == "float64",
         "rope_type": config.get("rope_type", "interleaved"),
@@ -214,13 +216,15 @@ def _connectors(config: Mapping[str, Any], headers: Headers) -> dict[str, object
     }
     if split:
         arguments |= {f"{stream}_hidden_dim": shape_of(headers, f"{stream}_text_proj_in.weight")[0] for stream in ("video", "audio")}
-    for stream, prefix in (("video", "connector"), ("audio", "audio_connector")):
-        width = shape_of(headers, f"{stream}_connector.transformer_blocks.0.attn1.to_q.weight")[0]
-        head_dim = config.get(f"{prefix}_attention_head_dim", config.get("connector_attention_head_dim", 128))
+    widths = {s: shape_of(headers, f"{s}_connector.transformer_blocks.0.attn1.to_q.weight")[0] for s in ("video", "audio")}
+    head_dim = int(config.get("connector_attention_head_dim", 128))
+    # The audio connector has the video connector's number of heads: of the same width (2.0) or narrower (2.3).
+    audio_head_dim = int(config.get("audio_connector_attention_head_dim", widths["audio"] * head_dim // widths["video"]))
+    for stream, own_head_dim in (("video", head_dim), ("audio", audio_head_dim)):
         registers = headers.get(f"{stream}_connector.learnable_registers")
         arguments |= {
-            f"{stream}_connector_num_attention_heads": width // head_dim,
-            f"{stream}_connector_attention_head_dim": head_dim,
+            f"{stream}_connector_num_attention_heads": widths[stream] // own_head_dim,
+            f"{stream}_connector_attention_head_dim": own_head_dim,
             f"{stream}_connector_num_layers": count_of(headers, f"{stream}_connector.transformer_blocks"),
             f"{stream}_connector_num_learnable_registers": registers.shape[0] if registers else None,
             f"{stream}_gated_attn": f"{stream}_connector.transformer_blocks.0.attn1.to_gate_logits.weight" in headers,
@@ -231,7 +235,9 @@ def _connectors(config: Mapping[str, Any], headers: Headers) -> dict[str, object
 def shape_of(headers: Headers, name: str) -> tuple[int, ...]:
     """Shape of the tensor `name`. Raises `CheckpointError` where it is missing."""
     if name not in headers:
-        raise CheckpointError("the checkpoint lacks a tensor that tells its size", where=name, remedy="download it again, or give a complete checkpoint")
+        raise CheckpointError(
+            "the checkpoint lacks a tensor that tells its size", where=name, remedy="download it again, or give a complete checkpoint"
+        )
     return headers[name].shape
 
 

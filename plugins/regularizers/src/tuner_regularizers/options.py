@@ -30,7 +30,9 @@ class CrepaOptions(Options):
 
     title: ClassVar[str] = "CREPA"
 
-    crepa_enabled: bool = unsupported(help="Align hidden tokens with a frozen image encoder.", reason=CREPA_LATER, changes_results=True, default=False)
+    crepa_enabled: bool = unsupported(
+        help="Align hidden tokens with a frozen image encoder.", reason=CREPA_LATER, changes_results=True, default=False
+    )
     crepa_block_index: int | None = unsupported(
         help="After which block tokens are taken.", reason=ONLY_WITH_CREPA, changes_results=False, default=8
     )
@@ -42,7 +44,7 @@ class CrepaOptions(Options):
         help="Decay of a neighbour's weight with its distance.", reason=ONLY_WITH_CREPA, changes_results=False, default=1.0
     )
     crepa_cumulative_neighbors: bool = unsupported(
-        help="All frames up to the distance are neighbours, not only those at it.", reason=ONLY_WITH_CREPA, changes_results=False, default=False
+        help="All frames up to the distance are neighbours.", reason=ONLY_WITH_CREPA, changes_results=False, default=False
     )
     crepa_normalize_by_frames: bool = unsupported(
         help="Divide the term by the number of frames.", reason=ONLY_WITH_CREPA, changes_results=False, default=True

@@ -1,0 +1,34 @@
+"""Captions of clips: a text file beside the clip, the file's name, or one prompt for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from tuner.config.datasets import VideoEntry
+from tuner.errors import DataError
+
+
+class CaptionProblem(DataError):
+    """A clip whose caption is missing or empty."""
+
+    reason: ClassVar[str] = "no caption"
+
+
+def read_caption(entry: VideoEntry, clip: Path) -> str:
+    """The stripped caption of `clip`. With `filename`, underscores stand for spaces. Raises `CaptionProblem`."""
+    if entry.caption_strategy == "instanceprompt":
+        return entry.instance_prompt.strip()
+    if entry.caption_strategy == "filename":
+        return " ".join(clip.stem.replace("_", " ").split())
+    file = clip.with_suffix(".txt")
+    try:
+        # Editors on Windows put a byte order mark in front, which is no part of the caption.
+        caption = file.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        raise CaptionProblem(f"{file.name} is missing", where=str(clip)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CaptionProblem(f"{file.name} cannot be read as UTF-8: {error}", where=str(clip)) from error
+    if not caption:
+        raise CaptionProblem(f"{file.name} is empty", where=str(clip))
+    return caption

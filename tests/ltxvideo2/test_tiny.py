@@ -1,0 +1,76 @@
+"""The tiny model: reproducible, small, and sane in its numbers."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tuner.errors import ConfigError
+from tuner.interfaces.encoders import AudioClip, VideoClip
+from tuner.interfaces.family import Variant
+from tuner.interfaces.services import WeightSource
+from tuner_ltxvideo2.audio_latents import AudioLatentEncoder
+from tuner_ltxvideo2.tiny import TinyPaths, write_tiny
+from tuner_ltxvideo2.video_latents import VideoLatentEncoder
+
+CPU = torch.device("cpu")
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny20: TinyPaths, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    again = write_tiny(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)  # the caller's draws are left alone
+    assert again.checkpoint.read_bytes() == tiny20.checkpoint.read_bytes()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (again.text_encoder / name).read_bytes() == (tiny20.text_encoder / name).read_bytes()
+
+
+def test_a_complete_one_is_left_alone(tiny20: TinyPaths) -> None:
+    before = tiny20.checkpoint.stat()
+    assert write_tiny(tiny20.checkpoint.parent) == tiny20
+    assert tiny20.checkpoint.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_it_is_small(tiny: TinyPaths) -> None:
+    assert tiny.checkpoint.stat().st_size < 15_000_000
+    assert sum(file.stat().st_size for file in tiny.text_encoder.iterdir()) < 1_000_000
+
+
+def test_another_variant_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        write_tiny(tmp_path, variant="1.0")
+
+
+def test_the_tokenizer_loads_without_network_or_code(tiny20: TinyPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    tokenizer = AutoTokenizer.from_pretrained(tiny20.text_encoder)
+    ids = tokenizer("two birds, über!").input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "two birds, über!"
+    assert tokenizer.model_max_length == 64
+    assert not list(tiny20.text_encoder.glob("*.py"))
+
+
+def test_typical_latents_have_about_unit_variance(tiny_source: WeightSource, tiny_variant: Variant) -> None:
+    y, x = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 128), indexing="ij")
+    time = torch.arange(17)[:, None, None] / 17
+    pictures = torch.stack([torch.sin(5 * (x * a + y * b) + 6 * time) for a, b in ((1, 0), (0, 1), (1, 1))], -1) * 0.5 + 0.5
+    video = VideoLatentEncoder(tiny_source, tiny_variant, torch.float32)
+    video.load(CPU)
+    latents = video.encode([VideoClip((pictures * 255).to(torch.uint8), 25.0)])[0].tensors["latents"]
+    assert latents.shape == (128, 3, 3, 4)
+    assert 0.5 < float(latents.std()) < 2
+    sound = AudioLatentEncoder(tiny_source, tiny_variant, torch.float32)
+    sound.load(CPU)
+    wave = 0.3 * torch.sin(2 * torch.pi * 330 * torch.arange(16000) / 16000)
+    features = sound.encode([AudioClip(wave.expand(2, -1).contiguous(), 16000, 16000)])[0].tensors["latents"]
+    assert features.shape == (25, 128)
+    assert 0.4 < float(features.std()) < 2.5
