@@ -50,7 +50,8 @@ def test_exactly_the_changes_that_matter_change_the_name(field: str) -> None:
         "content": replace(ITEM, content="beef"), "frame_rate": replace(ITEM, frame_rate=24.0), "mono": replace(ITEM, mono=True),
         "frames": replace(ITEM, bucket=Bucket(96, 64, 9)), "width": replace(ITEM, bucket=Bucket(64, 64, 17)),
         "height": replace(ITEM, bucket=Bucket(96, 32, 17)), "caption": replace(ITEM, caption="a dog"),
-        "path": replace(ITEM, path=Path("b.mp4")), "dataset": replace(ITEM, dataset="other"), "repeats": replace(ITEM, repeats=3), "cache_dir": replace(ITEM, cache_dir=Path("x")),
+        "path": replace(ITEM, path=Path("b.mp4")),
+        "dataset": replace(ITEM, dataset="other"), "repeats": replace(ITEM, repeats=3), "cache_dir": replace(ITEM, cache_dir=Path("x")),
     }[field]  # fmt: skip
     assert (video_source(changed) != video_source(ITEM)) == (field in FIELDS[:5])
     assert (audio_source(changed, GEOMETRY) != audio_source(ITEM, GEOMETRY)) == (field in ("content", "frame_rate", "frames", "mono"))

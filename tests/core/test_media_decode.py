@@ -224,6 +224,12 @@ def test_bad_files_are_named_failures(tmp_path: Path) -> None:
         assert caught.value.where == str(path) and caught.value.exit_code == 4, name
 
 
+def test_names_inside_the_file_need_not_be_utf8(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "latin.mp4", frames=9)
+    path.write_bytes(path.read_bytes().replace(b"VideoHandler", b"Vid\xe9oHandler"))
+    assert numbers(decode_frames(path, 9, 25.0)) == list(range(9))
+
+
 def test_damaged_middle_is_an_error_not_a_grey_frame(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "holes.mp4", frames=25)
     data = bytearray(path.read_bytes())

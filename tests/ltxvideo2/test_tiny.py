@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tuner.errors import ConfigError
@@ -14,18 +15,25 @@ from tuner.interfaces.encoders import AudioClip, VideoClip
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import WeightSource
 from tuner_ltxvideo2.audio_latents import AudioLatentEncoder
+from tuner_ltxvideo2.hub import locate_model
+from tuner_ltxvideo2.stored import read_header
 from tuner_ltxvideo2.tiny import TinyPaths, write_tiny
 from tuner_ltxvideo2.video_latents import VideoLatentEncoder
 
 CPU = torch.device("cpu")
 
 
-def test_the_same_seed_gives_the_same_bytes(tiny20: TinyPaths, tmp_path: Path) -> None:
+def test_the_flavour_writes_it_and_the_same_seed_gives_the_same_weights(tiny20: TinyPaths, tmp_path: Path) -> None:
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
-    again = write_tiny(tmp_path)
+    files = locate_model("", "", "tiny", "", tmp_path)  # what `model_flavour: tiny` does
+    assert (files.text_encoder, files.description) == (None, files.weights.name)
+    again = TinyPaths(files.weights, files.weights.parent / "text_encoder")
     assert torch.equal(torch.random.get_rng_state(), before)  # the caller's draws are left alone
-    assert again.checkpoint.read_bytes() == tiny20.checkpoint.read_bytes()
+    weights, before_weights = load_file(again.checkpoint), load_file(tiny20.checkpoint)
+    assert weights.keys() == before_weights.keys()
+    assert all(torch.equal(weights[key], before_weights[key]) for key in weights)
+    assert read_header(again.checkpoint).metadata == read_header(tiny20.checkpoint).metadata
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (again.text_encoder / name).read_bytes() == (tiny20.text_encoder / name).read_bytes()
 

@@ -92,8 +92,8 @@ def test_tiling_is_kept_apart_and_leaves_small_clips_as_they_are(source20: Weigh
     large = clip(1, 64, 576)
     a, b = encode(plain, large)[0], encode(tiled, large)[0]
     assert a.shape == b.shape
-    # far left of the seam at column 14 the convolutions see the same pixels
-    torch.testing.assert_close(a[..., :10], b[..., :10], atol=1e-5, rtol=1e-5)
+    # far left of the first tile's end at column 16 the convolutions see the same pixels; they reach 9 columns across
+    torch.testing.assert_close(a[..., :7], b[..., :7], atol=1e-5, rtol=1e-5)
     assert float((a - b).abs().max()) > 1e-3
 
 

@@ -36,6 +36,8 @@ class Terminal:
         for label, text in plan_rows(plan):
             table.add_row(label, text)
         self.console.print(table)
+        if plan.manifest.reasons():
+            self.console.print(plan.manifest.table(), markup=False)
         for notice in plan.notices:
             self.console.print(f"notice: {notice}", markup=False)
 

@@ -239,7 +239,7 @@ def require_usable(manifest: Manifest, *, strict: bool = False) -> None:
 
 def find_clips(entry: VideoEntry) -> list[Path]:
     """Clips below the entry's folder, sorted; hidden files and folders are not looked at. Raises `DataError` when there is none."""
-    folder = entry.instance_data_dir
+    folder = entry.instance_data_dir.absolute()  # worker processes may have started in another working directory
     clips = [
         path for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)

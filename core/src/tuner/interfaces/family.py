@@ -285,6 +285,9 @@ class ModelFamily(ABC):
         """Inverse of `original_name`."""
 
     # --- sampling ------------------------------------------------------------------------------------------------
+    def check_request(self, request: SampleRequest) -> None:
+        """Raises `ConfigError` for a size or length that cannot be generated. Called while planning."""
+
     @abstractmethod
     def sample(
         self,

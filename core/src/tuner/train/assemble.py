@@ -122,7 +122,8 @@ def stream_losses(plan: Plan) -> Sequence[LossTerm]:
 def _attach_memory(plan: Plan, blocks: BlockSet, device: torch.device) -> MemorySession:
     chosen = plan.memory_strategies
     if len(chosen) > 1:
-        raise ConfigError("two memory strategies cannot hold the same blocks", value=[s.name for s in chosen], remedy="switch one of them off")
+        names = [strategy.name for strategy in chosen]
+        raise ConfigError("two memory strategies cannot hold the same blocks", value=names, remedy="switch one of them off")
     strategy: MemoryStrategy | None = chosen[0] if chosen else None
     return strategy.attach(blocks, device) if strategy else MemorySession()
 

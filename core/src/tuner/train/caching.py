@@ -183,13 +183,10 @@ def _encode_all(
     report: Report | None, failed: dict[Key, DataError],
 ) -> None:  # fmt: skip
     """Loads the encoder, encodes `sources` in batches of equal shape, writes the records, unloads. Failures go to `failed`."""
-    total = len(places)
     label = f"encoding {encoder.name}"
     waiting: dict[tuple[int, ...], list[tuple[Key, Source]]] = {}
-    written = 0
     loaded = False
-    if report:
-        report(0, total, label)
+    done = _Progress(report, len(places), label)
     try:
         for key, source in sources:
             if not loaded:  # not earlier: where no clip can be decoded, nothing is loaded
@@ -198,13 +195,9 @@ def _encode_all(
             batch = waiting.setdefault(_shape(source), [])
             batch.append((key, source))
             if len(batch) == batch_size:
-                written += _encode_batch(encoder, waiting.pop(_shape(source)), places, failed)
-                if report:
-                    report(written + len(failed), total, label)
+                done.add(_encode_batch(encoder, waiting.pop(_shape(source)), places, failed))
         for batch in waiting.values():
-            written += _encode_batch(encoder, batch, places, failed)
-        if report:
-            report(total, total, label)
+            done.add(_encode_batch(encoder, batch, places, failed))
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"not enough device memory to encode with {encoder.name!r}", where="caching", remedy="lower vae_batch_size or resolution"
@@ -212,6 +205,19 @@ def _encode_all(
     finally:
         if loaded:
             encoder.unload()
+
+
+class _Progress:
+    """Says after each batch how many records there are."""
+
+    def __init__(self, report: Report | None, total: int, label: str) -> None:
+        self._report, self._total, self._label, self._done = report, total, label, 0
+        self.add(0)
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if self._report:
+            self._report(self._done, self._total, self._label)
 
 
 def _shape(source: Source) -> tuple[int, ...]:

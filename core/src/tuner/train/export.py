@@ -27,7 +27,8 @@ def find_adapter(source: Path) -> Path:
         for name in names:
             if (folder / name).is_file():
                 return folder / name
-    raise CheckpointError("no adapter file is in this folder", where=str(source), remedy="name a run or checkpoint folder of a LoRA training")
+    remedy = "name a run or checkpoint folder of a LoRA training"
+    raise CheckpointError("no adapter file is in this folder", where=str(source), remedy=remedy)
 
 
 def read_adapter(registry: Registry, source: Path) -> AdapterState:

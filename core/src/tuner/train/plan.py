@@ -12,7 +12,7 @@ import torch
 
 from tuner.config.datasets import DatasetEntry, load_datasets
 from tuner.config.resolve import Settings
-from tuner.config.settings import DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
+from tuner.config.settings import DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings, ValidationSettings
 from tuner.data.manifest import Manifest, scan
 from tuner.errors import CheckpointError, ConfigError, TunerError
 from tuner.interfaces.encoders import LatentEncoder
@@ -20,6 +20,7 @@ from tuner.interfaces.family import BuildContext, ModelFacts, ModelFamily
 from tuner.interfaces.losses import LossTerm, Regularizer
 from tuner.interfaces.memory import MemoryStrategy
 from tuner.interfaces.services import Loader, WeightSource
+from tuner.train.validate import planned_request, wants_sample
 
 if TYPE_CHECKING:
     from tuner.plugins.registry import Registry
@@ -115,6 +116,8 @@ def make_plan(registry: Registry, settings: Settings, device: torch.device, *, r
         batches_per_epoch=batches, total_steps=total_steps(settings, batches), notices=(*settings.notices, *manifest.notices),
     )  # fmt: skip
     registry.component("optimizer", settings.get(OptimizerSettings).optimizer)
+    if wants_sample(settings.get(ValidationSettings)):
+        planned_request(model.family, settings, sound="audio" in streams)
     problems = registry.check_plan(plan)
     if data.strict and plan.notices:
         problems = [*problems, ConfigError("strict is on and something would be adjusted or ignored:\n  " + "\n  ".join(plan.notices))]

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from tuner.config.resolve import Settings
-from tuner.config.settings import AdapterSettings, DataSettings, ValidationSettings
+from tuner.config.settings import AdapterSettings, ValidationSettings
 from tuner.errors import ConfigError
 from tuner.model.adapters import add_adapters, load_adapter_state
 from tuner.model.runner import BlockRunner
 from tuner.plugins.registry import Registry
 from tuner.train.export import check_adapter, read_adapter
 from tuner.train.plan import plan_model
-from tuner.train.validate import default_device, sample_request, write_sample
+from tuner.train.validate import default_device, planned_request, write_sample
 
 
 def sample(
@@ -27,8 +27,7 @@ def sample(
     validation = settings.get(ValidationSettings)
     if not (prompt or validation.validation_prompt):
         raise ConfigError("nothing to generate", where="--prompt", remedy='add --prompt "..."')
-    rate = settings.get(DataSettings).frame_rate or family.geometry.default_frame_rate
-    request = sample_request(family, validation, rate, sound=not no_sound)
+    request = planned_request(family, settings, sound=not no_sound)
     request = replace(request, prompt=prompt or request.prompt)
     model = family.load(plan.source, streams, plan.context.dtype, device)
     model.requires_grad_(False)

@@ -25,7 +25,7 @@ from tuner.train.results import write_results
 from tuner.train.resume import TrainingCheckpoints
 from tuner.train.run import RunFolder, RunInfo, now
 from tuner.train.signals import StopRequests
-from tuner.train.validate import sample_at_end
+from tuner.train.validate import sample_at_end, wants_sample
 
 
 class Interface(Protocol):
@@ -165,12 +165,11 @@ class Session:
 
     def _sample(self, folder: RunFolder, assembly: Assembly) -> Path | None:
         """A sample that fails is reported and does not fail a finished training."""
-        validation = self.plan.settings.get(ValidationSettings)
-        if validation.validation_disable or not validation.validation_prompt:
+        if not wants_sample(self.plan.settings.get(ValidationSettings)):
             return None
         self.interface.note("sampling the validation prompt")
         try:
-            return sample_at_end(self.plan, assembly, validation, folder.path)
+            return sample_at_end(self.plan, assembly, folder.path)
         except (TunerError, torch.OutOfMemoryError) as error:
             folder.event("sample_failed", reason=str(error))
             self.interface.note(f"the sample failed, the trained weights are safe: {error}")

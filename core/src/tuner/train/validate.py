@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings, ValidationSettings
 from tuner.data.media import write_mp4
 from tuner.errors import ConfigError
 from tuner.interfaces.family import Generated, ModelFamily, SampleRequest
-from tuner.train.assemble import Assembly
-from tuner.train.plan import Plan
+
+if TYPE_CHECKING:
+    from tuner.train.assemble import Assembly
+    from tuner.train.plan import Plan
 
 
-def sample_at_end(plan: Plan, assembly: Assembly, settings: ValidationSettings, folder: Path) -> Path:
+def sample_at_end(plan: Plan, assembly: Assembly, folder: Path) -> Path:
     """Samples the validation prompt with the trained model; returns the mp4."""
     training = assembly.training
-    rate = plan.settings.get(DataSettings).frame_rate or plan.family.geometry.default_frame_rate
-    request = sample_request(plan.family, settings, rate, sound="audio" in plan.streams)
+    request = planned_request(plan.family, plan.settings, sound="audio" in plan.streams)
     training.model.eval()
     try:
         generated = plan.family.sample(training.model, plan.source, [request], training.blocks, plan.streams)[0]
@@ -37,21 +40,29 @@ def write_sample(generated: Generated, target: Path) -> Path:
     return target
 
 
-def sample_request(family: ModelFamily, settings: ValidationSettings, frame_rate: float, *, sound: bool) -> SampleRequest:
-    """The request that the validation keys describe, snapped to what the family can make."""
-    width, height = parse_resolution(settings.validation_resolution)
-    return SampleRequest(
-        prompt=settings.validation_prompt,
-        negative_prompt=settings.validation_negative_prompt,
+def planned_request(family: ModelFamily, settings: Settings, *, sound: bool) -> SampleRequest:
+    """The request that the validation keys describe, snapped to what the family can make. Raises `ConfigError`."""
+    validation = settings.get(ValidationSettings)
+    width, height = parse_resolution(validation.validation_resolution)
+    request = SampleRequest(
+        prompt=validation.validation_prompt,
+        negative_prompt=validation.validation_negative_prompt,
         width=family.geometry.snap_size(width),
         height=family.geometry.snap_size(height),
-        frames=family.geometry.snap_frames(settings.validation_num_video_frames),
-        frame_rate=frame_rate,
-        steps=settings.validation_num_inference_steps,
-        guidance=settings.validation_guidance,
-        seed=settings.validation_seed,
+        frames=family.geometry.snap_frames(validation.validation_num_video_frames),
+        frame_rate=settings.get(DataSettings).frame_rate or family.geometry.default_frame_rate,
+        steps=validation.validation_num_inference_steps,
+        guidance=validation.validation_guidance,
+        seed=validation.validation_seed,
         sound=sound,
     )
+    family.check_request(request)
+    return request
+
+
+def wants_sample(settings: ValidationSettings) -> bool:
+    """Whether the run ends with a sample."""
+    return bool(settings.validation_prompt) and not settings.validation_disable
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

@@ -136,6 +136,10 @@ class LTX2Family(ModelFamily):
         return name
 
     # --- sampling ------------------------------------------------------------------------------------------------
+    def check_request(self, request: SampleRequest) -> None:
+        """At least two latents a side: the decoder reflects at the border."""
+        sampling.check_request(request, self.geometry)
+
     def sample(
         self,
         model: nn.Module,

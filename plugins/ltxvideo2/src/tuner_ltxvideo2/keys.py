@@ -74,6 +74,8 @@ _HEADS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "vocoder": {},
 }
+_SEGMENTS_BACK: Final = {part: {new: old for old, new in rules.items()} for part, rules in _SEGMENTS.items()}
+_HEADS_BACK: Final = {part: {new: old for old, new in rules.items()} for part, rules in _HEADS.items()}
 # Statistics that nothing reads: published beside the mean and the deviation that latents are normalised with.
 _UNREAD: Final = (
     "per_channel_statistics.channel",
@@ -113,9 +115,7 @@ def to_original(part: str, name: str) -> str:
     """The part-relative original name of diffusers' `name`."""
     if part == "vocoder":  # only the low-pass filter of an activation is a module of its own there
         name = name.replace(".downsample.", ".downsample.lowpass.")
-    inverse_heads = {new: old for old, new in _HEADS[part].items()}
-    inverse_segments = {new: old for old, new in _SEGMENTS[part].items()}
-    return _replace_segments(_replace_head(name, inverse_heads), inverse_segments)
+    return _replace_segments(_replace_head(name, _HEADS_BACK[part]), _SEGMENTS_BACK[part])
 
 
 def _replace_head(name: str, rules: Mapping[str, str]) -> str:

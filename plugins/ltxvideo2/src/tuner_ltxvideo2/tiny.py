@@ -54,7 +54,7 @@ class TinyPaths:
 def write_tiny(folder: Path, *, variant: str = "2.0", seed: int = 0) -> TinyPaths:
     """Writes the tiny checkpoint and its text encoder into `folder`; leaves a complete one there as it is.
 
-    `variant`: "2.0" or "2.3". The same seed gives the same bytes. Raises `ConfigError` for another variant.
+    `variant`: "2.0" or "2.3". The same seed gives the same weights. Raises `ConfigError` for another variant.
     """
     if variant not in ("2.0", "2.3"):
         raise ConfigError("the tiny model comes as 2.0 and 2.3", value=variant)
@@ -121,7 +121,7 @@ def _video_arguments(newer: bool) -> dict[str, object]:
 def _vocoder_arguments(newer: bool) -> dict[str, object]:
     if not newer:
         return {"hidden_channels": 64, "resnet_kernel_sizes": [3, 7], "resnet_dilations": [[1, 3, 5], [1, 3, 5]]}
-    small: dict[str, object] = {"resnet_kernel_sizes": [3], "resnet_dilations": [[1, 3, 5]]}
+    small: dict[str, object] = {"resnet_kernel_sizes": [3], "resnet_dilations": [[1]]}
     return {"hidden_channels": 128, "bwe_hidden_channels": 64, **small, **{f"bwe_{key}": value for key, value in small.items()}}
 
 
@@ -206,8 +206,8 @@ def _copy_statistics(vae: Any, rows: Tensor) -> None:
 
 
 def _made_clips() -> list[Tensor]:
-    """Moving gradients, stripes and noise (1, 3, 9, 96, 96) in [-1, 1]: what typical pictures are made of."""
-    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 96), torch.linspace(-1, 1, 96), indexing="ij")
+    """Moving gradients, stripes and noise (1, 3, 9, 64, 64) in [-1, 1]: what typical pictures are made of."""
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
     time = torch.linspace(0, 1, 9)[:, None, None]
     clips = []
     for index in range(6):
@@ -215,7 +215,7 @@ def _made_clips() -> list[Tensor]:
         phase = rows * turn.cos() + columns * turn.sin() + time
         waves = torch.stack([torch.sin(phase * (1 + index + channel)) for channel in range(3)])
         noise = torch.nn.functional.interpolate(
-            torch.randn(3, 9, 6 * 2 ** (index % 3), 6 * 2 ** (index % 3)), size=(96, 96), mode="bilinear"
+            torch.randn(3, 9, 6 * 2 ** (index % 3), 6 * 2 ** (index % 3)), size=(64, 64), mode="bilinear"
         )
         clips.append((0.7 * waves + 0.4 * noise).clamp(-1, 1)[None])
     return clips
