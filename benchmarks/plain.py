@@ -134,7 +134,7 @@ class PlainStep:
                 return_dict=False,
             )
         loss = nn.functional.mse_loss(video.float(), video_target) + nn.functional.mse_loss(audio.float(), audio_target)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch.Tensor.backward has no annotations
         nn.utils.clip_grad_norm_(self.trainable, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

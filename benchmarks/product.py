@@ -21,6 +21,7 @@ from tuner.builtins.losses import FlowMatchingLoss
 from tuner.builtins.optimizers import AdamW
 from tuner.builtins.options import AdamOptions
 from tuner.config.settings import AdapterSettings, TrainSettings
+from tuner.data.dataset import Prefetcher
 from tuner.interfaces.family import Batch, BuildContext, Sample, StreamBatch
 from tuner.model.adapters import add_adapters
 from tuner.model.runner import BlockRunner, Checkpointing
@@ -56,8 +57,11 @@ class ProductStep:
         self.run = TrainingModel(self.family, model, runner, [FlowMatchingLoss(name) for name in self.streams])
         self.masters = MasterWeights({n: p for n, p in model.named_parameters() if p.requires_grad}, low_precision=False)
         self.optimizer = AdamW(self.masters.optimized(), 1e-4, AdamOptions())
-        self.batch = self._batch(shape, int(model.config.caption_channels))
-        self.noise = NoiseSampler(TrainSettings(), self.family.token_shift, 0)
+        drawn = self._batch(shape, int(model.config.caption_channels))
+        self.batch = to_device(drawn, device)
+        sampler = NoiseSampler(TrainSettings(), self.family.token_shift, 0)
+        pin = device.type == "cuda"
+        self.feed = Prefetcher(lambda index: to_device(sampler.sample(drawn, index), device, pin=True) if pin else sampler.sample(drawn, index))
         self.steps = 0
 
     def _batch(self, shape: Shape, text_width: int) -> Batch:
@@ -72,9 +76,8 @@ class ProductStep:
 
     def __call__(self) -> Tensor:
         """What `tuner.train.loop` does in a step: draws, forward, backward, clip, optimizer, publish."""
-        noise = to_device(self.noise.sample(self.batch, self.steps), self.device)
-        batch = to_device(self.batch, self.device)
-        result = train_step(self.run, batch, noise, self.steps)
+        noise = to_device(next(self.feed), self.device)
+        result = train_step(self.run, self.batch, noise, self.steps)
         result.loss.backward()  # type: ignore[no-untyped-call]
         self.masters.collect()
         self.masters.clip_(1.0)
@@ -96,6 +99,7 @@ def product_step_factory(
         return held[0]()
 
     def cleanup() -> None:
+        held[0].feed.close()
         held.clear()
         gc.collect()
         if device.type == "cuda":

@@ -103,7 +103,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         facts["cuda"] = str(torch.version.cuda)
-        facts["cudnn"] = str(torch.backends.cudnn.version())
+        facts["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     return facts | {name: version(name) for name in ("torch", "diffusers", "peft", "transformers")}
 
 

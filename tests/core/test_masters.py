@@ -24,7 +24,7 @@ def test_only_bfloat16_parameters_get_a_copy() -> None:
     params = two_parameters()
     low, full = MasterWeights(params, low_precision=False).optimized()
     assert low is not params["a.low"] and low.dtype == torch.float32
-    assert torch.equal(low, params["a.low"].float())
+    assert torch.equal(low, params["a.low"].float().flatten())
     assert full is params["b.full"]
     assert MasterWeights(params, low_precision=True).optimized() == list(params.values())
 
@@ -39,7 +39,7 @@ def test_gradients_of_batches_add_up_in_float32() -> None:
         assert params["a.low"].grad is None
     # In bfloat16, 1 + 2**-10 is 1.
     low, full = masters.optimized()
-    assert low.grad is not None and torch.equal(low.grad, torch.full((4, 3), 1 + 2.0**-9))
+    assert low.grad is not None and torch.equal(low.grad, torch.full((12,), 1 + 2.0**-9))
     assert full.grad is None
 
 
@@ -76,6 +76,26 @@ def test_clip_measures_and_scales(low_precision: bool) -> None:
     assert masters.clip_(0).item() == pytest.approx(2.0, rel=4e-3 if low_precision else 1e-5)
     masters.clip_(100.0)
     assert masters.clip_(0).item() == pytest.approx(2.0, rel=4e-3 if low_precision else 1e-5)
+
+
+def test_buckets_hold_many_parameters_and_split_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.train.masters.BUCKET_ELEMENTS", 10)
+    draws = torch.Generator().manual_seed(1)
+    params = {f"p{i}": nn.Parameter(torch.randn(shape, generator=draws).bfloat16()) for i, shape in enumerate([(2, 3), (4,), (5, 5), (1,)])}
+    masters = MasterWeights(params, low_precision=False)
+    assert [master.numel() for master in masters.optimized()] == [10, 25, 1]
+    assert {name: tuple(value.shape) for name, value in masters.state().items()} == {name: tuple(p.shape) for name, p in params.items()}
+    for index, parameter in enumerate(params.values()):
+        if index != 1:
+            parameter.grad = torch.full_like(parameter, float(index + 1))
+    masters.collect()
+    first = masters.optimized()[0].grad
+    assert first is not None and first.tolist() == [1.0] * 6 + [0.0] * 4
+    with torch.no_grad():
+        for master in masters.optimized():
+            master.fill_(7.0)
+    masters.publish()
+    assert all((parameter == 7).all() for parameter in params.values())
 
 
 def test_clip_without_gradients_is_zero() -> None:

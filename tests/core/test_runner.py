@@ -53,16 +53,18 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("recomputed", [(), (0, 1, 2, 3), (1, 3), (0,)])
+@pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("audio", [True, False])
 @pytest.mark.parametrize("trained", ["", "blocks", "blocks.2", "blocks.0.to_q", "blocks.1.audio"])
-def test_gradients_equal_plain_autograd(recomputed: tuple[int, ...], audio: bool, trained: str) -> None:
+def test_gradients_equal_plain_autograd(recomputed: tuple[int, ...], audio: bool, trained: str, watched: bool) -> None:
     if trained == "blocks.1.audio" and not audio:
         pytest.skip("nothing is trained")
     net = model()
     for name, p in net.named_parameters():
         p.requires_grad_(name.startswith(trained))
     expected = gradients(net, net.exit(plain(net, net.enter(*inputs(audio)))))
-    runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=Checkpointing(frozenset(recomputed)))
+    session = Journal() if watched else None
+    runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=Checkpointing(frozenset(recomputed)), session=session)
     assert_equal(gradients(net, net.exit(runner.run(net.enter(*inputs(audio))))), expected)
     assert expected
 
@@ -193,7 +195,7 @@ def test_recomputation_keeps_only_block_inputs() -> None:
     kept: dict[bool, int] = {}
     for recompute in (False, True):
         policy = Checkpointing.every(DEPTH) if recompute else Checkpointing()
-        runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=policy)
+        runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=policy, session=Journal())
         final = runner.run(net.enter(*inputs()))
         tapes = final.streams["video"].hidden.grad_fn.current.tapes  # type: ignore[union-attr]
         kept[recompute] = sum(tape.graph is not None for tape in tapes)

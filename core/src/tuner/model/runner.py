@@ -1,6 +1,6 @@
 """The only loop over blocks: it owns activation checkpointing and calls memory sessions, transforms and taps between blocks.
 
-With gradients enabled the whole stack is one autograd function. Forward runs the blocks and keeps the inputs of the
+With gradients enabled and anything to recompute or to tell, the whole stack is one autograd function. Forward runs the blocks and keeps the inputs of the
 recomputed ones, or the graph of the others. Backward walks back: it recomputes a block with gradients, differentiates it
 while its weights are held, and goes on. So everything that attaches is called plainly between blocks, in both directions,
 and nothing depends on when a checkpointing library stops its recomputation.
@@ -127,6 +127,8 @@ class BlockRunner(BlockFunction):
         self.tapped = {}
         if not torch.is_grad_enabled():
             return self._run_plain(state)
+        if not self.checkpointing.recomputed and type(self.session) is MemorySession:
+            return self._run_graph(state)
         tensors = _tensors(state)
         inputs = tuple(key for key, tensor in tensors.items() if tensor.requires_grad)
         current = _Pass(_replace(state, {key: tensor.detach() for key, tensor in tensors.items()}), inputs)
@@ -141,6 +143,18 @@ class BlockRunner(BlockFunction):
         for (name, (key, after)), value in zip(current.taps.items(), values, strict=True):
             stream = after.streams[key[1]]
             self.tapped[name] = TapValue(value, stream.grid, stream.token_ids)
+
+    def _run_graph(self, state: BlockState) -> BlockState:
+        """Nothing is recomputed and nobody waits for events: one graph, which autograd walks in a single call."""
+        for node in self._chain:
+            state = node.apply(state)
+            for tap in self._taps_after(node):
+                stream = state.streams[tap.stream]
+                self.tapped[tap.name] = TapValue(stream.hidden, stream.grid, stream.token_ids)
+        return state
+
+    def _taps_after(self, node: _Node) -> list[Tap]:
+        return [tap for tap in self.taps if tap.block == node.block]
 
     def _run_plain(self, state: BlockState) -> BlockState:
         try:
@@ -162,10 +176,8 @@ class BlockRunner(BlockFunction):
         state, needs = current.state, frozenset(current.inputs)
         for node in self._chain:
             state, needs, tape = self._advance(node, state, needs)
-            if node.block >= 0:
-                for tap in self.taps:
-                    if tap.block == node.block:
-                        current.taps[tap.name] = (("hidden", tap.stream, ""), state)
+            for tap in self._taps_after(node):
+                current.taps[tap.name] = (("hidden", tap.stream, ""), state)
             current.tapes.append(tape)
         current.final = state
         first, last = _tensors(current.state), _tensors(state)
@@ -177,7 +189,7 @@ class BlockRunner(BlockFunction):
 
     def _advance(self, node: _Node, state: BlockState, needs: frozenset[Key]) -> tuple[BlockState, frozenset[Key], _Tape | None]:
         parameters = self._parameters[node.block] if node.block >= 0 else []
-        taps = tuple(t.name for t in self.taps if node.block >= 0 and t.block == node.block)
+        taps = tuple(tap.name for tap in self._taps_after(node))
         if node.block >= 0:
             self.session.before_forward(node.block)
         if not needs and not parameters:

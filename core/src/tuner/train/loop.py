@@ -57,7 +57,7 @@ class Loop:
     def run(self) -> int:
         """Trains; returns the number of finished steps, which is less than planned where a stop was asked for."""
         depth = self.plan.settings.get(DataSettings).dataloader_prefetch
-        feed = Prefetcher(self.prepare, self.start * self.accumulation, depth)
+        feed = Prefetcher(self.prepare, self.start * self.accumulation, depth, self.plan.total_steps * self.accumulation)
         interval = self.plan.settings.get(RunSettings).checkpoint_step_interval
         step = saved = self.start
         try:

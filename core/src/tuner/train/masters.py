@@ -1,18 +1,62 @@
 """Master weights: what the optimizer steps, where that is not what the model computes with.
 
-The model computes in its own dtype. A bfloat16 parameter that is trained gets a float32 copy here, which takes the updates and is
+The model computes in its own dtype. Trained bfloat16 parameters have float32 copies here, which take the updates and are
 rounded back into the model after each step; gradients of several batches are added up in float32. A float32 parameter is its own
 master, and so is every parameter if the optimizer asks for low precision (`wants_low_precision`).
+
+The copies lie in flat buckets. An adapter has thousands of small matrices, and a kernel for each of them in every operation of
+a step would cost more time than the arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tuner.errors import CheckpointError
+
+BUCKET_ELEMENTS = 1 << 26
+"""256 MiB of float32; what `collect` and `publish` need beside the masters is a bucket in the model's dtype."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Some of the model's parameters, and their masters one after the other."""
+
+    names: tuple[str, ...]
+    members: tuple[nn.Parameter, ...]
+    master: nn.Parameter
+    """(N,) float32."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of each member."""
+        return [member.numel() for member in self.members]
+
+    def parts(self) -> dict[str, Tensor]:
+        """Name -> master in the member's shape: views."""
+        pieces = self.master.detach().split(self.sizes)
+        return {name: piece.view(m.shape) for name, m, piece in zip(self.names, self.members, pieces, strict=True)}
+
+    def collect(self) -> None:
+        """Moves the members' gradients into the master's, added up in float32."""
+        if all(member.grad is None for member in self.members):
+            return
+        found = torch.cat([(torch.zeros_like(m) if m.grad is None else m.grad).reshape(-1) for m in self.members])
+        for member in self.members:
+            member.grad = None
+        if self.master.grad is None:
+            self.master.grad = found.float()
+        else:
+            self.master.grad.add_(found)
+
+    def publish(self) -> None:
+        """Rounds the master into the members, in place."""
+        rounded = self.master.detach().to(self.members[0].dtype).split(self.sizes)
+        torch._foreach_copy_([m.detach().view(-1) for m in self.members], list(rounded))
 
 
 class MasterWeights:
@@ -22,37 +66,27 @@ class MasterWeights:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], low_precision: bool) -> None:
-        self._masters: dict[str, nn.Parameter] = {}
-        self._copies: list[tuple[nn.Parameter, nn.Parameter]] = []
-        """(the model's parameter, its float32 master), where the two differ."""
-        for name, parameter in parameters.items():
-            if low_precision or parameter.dtype not in (torch.bfloat16, torch.float16):
-                self._masters[name] = parameter
-            else:
-                self._masters[name] = nn.Parameter(parameter.detach().float())
-                self._copies.append((parameter, self._masters[name]))
+        halves = (torch.bfloat16, torch.float16)
+        copied = {n: p for n, p in parameters.items() if p.dtype in halves and not low_precision}
+        self._own = {n: p for n, p in parameters.items() if n not in copied}
+        self._buckets = _buckets(copied)
+        self._names = tuple(parameters)
 
     def optimized(self) -> list[nn.Parameter]:
-        """What the optimizer steps, in the order of the names given."""
-        return list(self._masters.values())
+        """What the optimizer steps: the buckets' masters, then parameters that are their own master."""
+        return [*(bucket.master for bucket in self._buckets), *self._own.values()]
 
     @torch.no_grad()
     def collect(self) -> None:
         """Adds the model's gradients to the masters' and frees them. Call after each backward pass."""
-        received = [(parameter, master) for parameter, master in self._copies if parameter.grad is not None]
-        for _, master in received:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        if received:
-            torch._foreach_add_([m.grad for _, m in received if m.grad is not None], [p.grad for p, _ in received if p.grad is not None])
-        for parameter, _ in received:
-            parameter.grad = None
+        for bucket in self._buckets:
+            bucket.collect()
 
     @torch.no_grad()
     def publish(self) -> None:
         """Rounds the masters into the model's parameters, in place. Call after each optimizer step."""
-        if self._copies:
-            torch._foreach_copy_([parameter for parameter, _ in self._copies], [master for _, master in self._copies])
+        for bucket in self._buckets:
+            bucket.publish()
 
     @torch.no_grad()
     def clip_(self, max_norm: float) -> Tensor:
@@ -62,7 +96,7 @@ class MasterWeights:
         """
         gradients = [master.grad for master in self.optimized() if master.grad is not None]
         if not gradients:
-            return torch.zeros((), device=next((master.device for master in self.optimized()), None))
+            return torch.zeros(())
         # Measured in float32 also where gradients are bfloat16, whose own norm would be good to three digits only.
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
@@ -71,27 +105,53 @@ class MasterWeights:
         return total
 
     def state(self) -> dict[str, Tensor]:
-        """The masters by name: the live tensors, not copies."""
-        return {name: master.detach() for name, master in self._masters.items()}
+        """The masters by name, in the order given: the live tensors, not copies."""
+        found = {name: parameter.detach() for name, parameter in self._own.items()}
+        for bucket in self._buckets:
+            found |= bucket.parts()
+        return {name: found[name] for name in self._names}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `state`; the model follows. Raises `CheckpointError` unless names, shapes and dtypes are the same."""
-        self._check(state)
-        for name, master in self._masters.items():
+        own = self.state()
+        _check(own, state)
+        for name, master in own.items():
             master.copy_(state[name])
         self.publish()
 
-    def _check(self, state: Mapping[str, Tensor]) -> None:
-        odd = sorted(set(self._masters) ^ set(state))
-        if odd:
-            side = "is missing from" if odd[0] in self._masters else "is trained only in"
-            problem = f"{len(odd)} trained tensors differ; the first {side} the checkpoint"
-            raise CheckpointError(problem, where=odd[0], remedy="resume with the settings of that run")
-        for name, master in self._masters.items():
-            found = state[name]
-            if found.shape != master.shape or found.dtype != master.dtype:
-                raise CheckpointError(
-                    f"stored as {found.dtype} {tuple(found.shape)}, trained here as {master.dtype} {tuple(master.shape)}", where=name,
-                    remedy="resume with the rank, targets and optimizer of that run",
-                )
+
+def _buckets(parameters: Mapping[str, nn.Parameter]) -> list[Bucket]:
+    """Parameters of one device and dtype together, in order, at most `BUCKET_ELEMENTS` (or one parameter) each."""
+    groups: list[list[tuple[str, nn.Parameter]]] = []
+    size = 0
+    for name, parameter in parameters.items():
+        last = groups[-1][0][1] if groups else None
+        alike = last is not None and (last.device, last.dtype) == (parameter.device, parameter.dtype)
+        if not alike or size + parameter.numel() > BUCKET_ELEMENTS:
+            groups.append([])
+            size = 0
+        groups[-1].append((name, parameter))
+        size += parameter.numel()
+    return [_bucket(group) for group in groups]
+
+
+def _bucket(group: list[tuple[str, nn.Parameter]]) -> Bucket:
+    members = tuple(parameter for _, parameter in group)
+    flat = torch.cat([member.detach().reshape(-1).float() for member in members])
+    return Bucket(tuple(name for name, _ in group), members, nn.Parameter(flat))
+
+
+def _check(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    odd = sorted(set(own) ^ set(state))
+    if odd:
+        side = "is missing from" if odd[0] in own else "is trained only in"
+        problem = f"{len(odd)} trained tensors differ; the first {side} the checkpoint"
+        raise CheckpointError(problem, where=odd[0], remedy="resume with the settings of that run")
+    for name, master in own.items():
+        found = state[name]
+        if found.shape != master.shape or found.dtype != master.dtype:
+            raise CheckpointError(
+                f"stored as {found.dtype} {tuple(found.shape)}, trained here as {master.dtype} {tuple(master.shape)}", where=name,
+                remedy="resume with the rank, targets and optimizer of that run",
+            )  # fmt: skip
