@@ -11,24 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from plain import REAL, TINY, Shape, Size, StepFunction, default_dtype
 from torch import Tensor
-from tuner_ltxvideo2.family import LTX2Family
-from tuner_ltxvideo2.options import LTX2Options
-from tuner_ltxvideo2.transformer import drop_audio
 
+from plain import REAL, TINY, Shape, Size, StepFunction, default_dtype
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.builtins.optimizers import AdamW
 from tuner.builtins.options import AdamOptions
 from tuner.config.settings import AdapterSettings, TrainSettings
-from tuner.data.dataset import Prefetcher
-from tuner.interfaces.family import Batch, BuildContext, Sample, StreamBatch
+from tuner.data.prefetch import Prefetcher
+from tuner.interfaces.family import Batch, BuildContext, Noise, Sample, StreamBatch
 from tuner.model.adapters import add_adapters
 from tuner.model.runner import BlockRunner, Checkpointing
 from tuner.train.masters import MasterWeights
 from tuner.train.noise import NoiseSampler
 from tuner.train.placement import to_device
 from tuner.train.step import TrainingModel, train_step
+from tuner_ltxvideo2.family import LTX2Family
+from tuner_ltxvideo2.options import LTX2Options
+from tuner_ltxvideo2.transformer import drop_audio
 
 RANK = 32
 
@@ -61,7 +61,12 @@ class ProductStep:
         self.batch = to_device(drawn, device)
         sampler = NoiseSampler(TrainSettings(), self.family.token_shift, 0)
         pin = device.type == "cuda"
-        self.feed = Prefetcher(lambda index: to_device(sampler.sample(drawn, index), device, pin=True) if pin else sampler.sample(drawn, index))
+
+        def draw(index: int) -> Noise:
+            noise = sampler.sample(drawn, index)
+            return to_device(noise, device, pin=True) if pin else noise
+
+        self.feed = Prefetcher(draw)
         self.steps = 0
 
     def _batch(self, shape: Shape, text_width: int) -> Batch:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from core.encoders import GEOMETRY, Pictures, Sounds, Words
 from tuner.data.buckets import Bucket
 from tuner.data.cache import MissingRecord
-from tuner.data.dataset import Prefetcher, TrainingSet
+from tuner.data.dataset import TrainingSet
 from tuner.data.manifest import Item, Manifest, Verdict
+from tuner.data.prefetch import Prefetcher
 from tuner.data.randomness import uniform
 from tuner.data.records import RecordPlaces
 from tuner.errors import DataError

@@ -219,5 +219,5 @@ def test_policies() -> None:
 
 def test_indices_outside_the_blocks_are_refused() -> None:
     net = model()
-    with pytest.raises(IndexError, match="outside 0..3"):
+    with pytest.raises(IndexError, match=r"outside 0\.\.3"):
         BlockRunner(net.block_set(), call_mixing_block, taps=[Tap("t", 4, "video")])

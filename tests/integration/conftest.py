@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from integration.project import Project, add_clip
 from tuner_ltxvideo2.tiny import TinyPaths, write_tiny
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tuner_ltxvideo2.tiny import TinyPaths
 
 from tuner.cli.main import run
 from tuner.data.media import write_mp4
 from tuner.interfaces.encoders import AudioClip, VideoClip
+from tuner_ltxvideo2.tiny import TinyPaths
 
 
 def moving_picture(frames: int, width: int, height: int, phase: float) -> torch.Tensor:

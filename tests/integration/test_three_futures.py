@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.project import Project
 
+from integration.project import Project
 from tuner.train.checkpoint import load_checkpoint
 
 

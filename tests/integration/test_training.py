@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from integration.project import Project, add_clip
 from safetensors import safe_open
 
+from integration.project import Project, add_clip
 from tuner.data.media import probe
 
 

@@ -1,9 +1,9 @@
 """The only loop over blocks: it owns activation checkpointing and calls memory sessions, transforms and taps between blocks.
 
-With gradients enabled and anything to recompute or to tell, the whole stack is one autograd function. Forward runs the blocks and keeps the inputs of the
-recomputed ones, or the graph of the others. Backward walks back: it recomputes a block with gradients, differentiates it
-while its weights are held, and goes on. So everything that attaches is called plainly between blocks, in both directions,
-and nothing depends on when a checkpointing library stops its recomputation.
+With gradients enabled, and anything to recompute or anybody to tell, the whole stack is one autograd function. Forward runs the
+blocks and keeps the inputs of the recomputed ones, or the graph of the others. Backward walks back: it recomputes a block with
+gradients, differentiates it while its weights are held, and goes on. So everything that attaches is called plainly between
+blocks, in both directions, and nothing depends on when a checkpointing library stops its recomputation.
 
 Every tensor of a `BlockState` has a key; gradients are tracked per key. A tensor that a node returns unchanged (the same
 object) passes its gradient by.
@@ -135,7 +135,7 @@ class BlockRunner(BlockFunction):
         device = next(iter(state.streams.values())).hidden.device
         # Without an input that needs a gradient autograd would not call backward at all.
         anchor = torch.zeros((), device=device, requires_grad=True)
-        results = _Stack.apply(self, current, anchor, *(tensors[key] for key in inputs))
+        results = _Stack.apply(self, current, anchor, *(tensors[key] for key in inputs))  # type: ignore[no-untyped-call]
         self._collect_taps(current, results[len(current.outputs) :])
         return _replace(state, dict(zip(current.outputs, results, strict=False)), structure=current.final)
 

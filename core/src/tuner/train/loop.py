@@ -10,7 +10,8 @@ import torch
 
 from tuner.builtins.losses import SigmaBands
 from tuner.config.settings import DataSettings, OptimizerSettings, RunSettings
-from tuner.data.dataset import Prefetcher, TrainingSet
+from tuner.data.dataset import TrainingSet
+from tuner.data.prefetch import Prefetcher
 from tuner.data.randomness import derived_seed
 from tuner.errors import NumericError
 from tuner.interfaces.family import Batch, Noise
@@ -132,7 +133,7 @@ class Loop:
         flat = torch.cat([g.flatten() for g in gradients])
         torch.distributed.all_reduce(flat)
         flat /= self.world
-        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, piece in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(piece.view_as(gradient))
 
     def flush(self) -> None:

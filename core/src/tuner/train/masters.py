@@ -38,7 +38,7 @@ class Bucket:
 
     def parts(self) -> dict[str, Tensor]:
         """Name -> master in the member's shape: views."""
-        pieces = self.master.detach().split(self.sizes)
+        pieces = torch.split(self.master.detach(), self.sizes)
         return {name: piece.view(m.shape) for name, m, piece in zip(self.names, self.members, pieces, strict=True)}
 
     def collect(self) -> None:
@@ -55,7 +55,7 @@ class Bucket:
 
     def publish(self) -> None:
         """Rounds the master into the members, in place."""
-        rounded = self.master.detach().to(self.members[0].dtype).split(self.sizes)
+        rounded = torch.split(self.master.detach().to(self.members[0].dtype), self.sizes)
         torch._foreach_copy_([m.detach().view(-1) for m in self.members], list(rounded))
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from tuner.config.settings import AdapterSettings, ModelSettings
-from tuner.interfaces.services import AdapterState, CheckpointFormat
+from tuner.errors import CheckpointError
+from tuner.interfaces.family import ModelFamily
+from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
 from tuner.model.adapters import adapter_state
 from tuner.train.assemble import Assembly
 from tuner.train.plan import Plan
 
 FILE_NAMES = {"peft": "pytorch_lora_weights.safetensors"}
 """The name diffusers looks for; other layouts are `lora.<layout>.safetensors`... see `file_name`."""
+
+FULL_NAME = "transformer.safetensors"
+"""What full fine-tuning leaves in the run folder."""
+NAMED = 8
+"""How many names an error lists before it only counts."""
 
 
 def file_name(layout: str) -> str:
@@ -26,7 +35,7 @@ def file_name(layout: str) -> str:
 def write_results(plan: Plan, assembly: Assembly, folder: Path) -> tuple[Path, ...]:
     """Writes the trained weights for use elsewhere; the most widely readable file comes first."""
     if plan.settings.get(ModelSettings).model_type == "full":
-        return (write_full(plan, assembly, folder / "transformer.safetensors"),)
+        return (write_full(plan, assembly, folder / FULL_NAME),)
     return write_adapter_files(plan, assembly, folder)
 
 
@@ -73,3 +82,43 @@ def write_full(plan: Plan, assembly: Assembly, path: Path) -> Path:
     save_file(weights, temporary, metadata=adapter_facts(plan))
     temporary.replace(path)
     return path
+
+
+@torch.no_grad()
+def load_full(family: ModelFamily, model: nn.Module, headers: Mapping[str, TensorHeader], source: Path) -> None:
+    """Puts the weights of a file of `write_full`, or of the run folder that holds it, over those of `model`, in the model's dtype.
+
+    `headers`: of the base checkpoint, name -> header; what the file has of them and `model` was loaded without is left out.
+    Raises `CheckpointError` with the names that are missing, unknown or of another shape; `model` is then as before.
+    """
+    path = source / FULL_NAME if source.is_dir() else source
+    if not path.is_file():
+        raise CheckpointError("there are no full weights", where=str(path), remedy="name a file or run folder of a full fine-tuning")
+    own = model.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {family.module_name(key): key for key in file.keys()}  # noqa: SIM118 - not a mapping
+            shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in stored.items()}
+            _check_full(own, headers, shapes, path)
+            for name, tensor in own.items():
+                tensor.copy_(file.get_tensor(stored[name]))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read as a safetensors file: {error}", where=str(path)) from error
+
+
+def _check_full(
+    own: Mapping[str, torch.Tensor], headers: Mapping[str, TensorHeader], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    wrong = [f"{name}: not in the file" for name in own if name not in shapes]
+    wrong += [f"{name}: the model has no such weight" for name in shapes if name not in headers]
+    wrong += [
+        f"{name}: in the file {list(shape)}, in the model {list(headers[name].shape)}"
+        for name, shape in shapes.items()
+        if name in headers and shape != headers[name].shape
+    ]
+    if wrong:
+        shown = "\n  ".join(wrong[:NAMED]) + (f"\n  ... and {len(wrong) - NAMED} more" if len(wrong) > NAMED else "")
+        raise CheckpointError(
+            f"{len(wrong)} weights do not fit the model:\n  {shown}", where=str(path),
+            remedy="use the base model and the streams that it was trained with; for a LoRA file use --lora",
+        )  # fmt: skip

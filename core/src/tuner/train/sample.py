@@ -2,42 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 from tuner.config.resolve import Settings
 from tuner.config.settings import AdapterSettings, ValidationSettings
 from tuner.errors import ConfigError
+from tuner.interfaces.family import Generated, SampleRequest
 from tuner.model.adapters import add_adapters, load_adapter_state
 from tuner.model.runner import BlockRunner
 from tuner.plugins.registry import Registry
 from tuner.train.export import check_adapter, read_adapter
-from tuner.train.plan import plan_model
+from tuner.train.plan import ModelPlan, plan_model
+from tuner.train.results import load_full
 from tuner.train.validate import default_device, planned_request, write_sample
 
 
-def sample(
-    registry: Registry, settings: Settings, prompt: str, target: Path, lora: Path | None, strength: float, no_sound: bool
-) -> Path:
+@dataclass(frozen=True)
+class Trained:
+    """What training left, to be put over the base model."""
+
+    weights: Path | None = None
+    """Full weights: the file that full fine-tuning writes, or its run folder."""
+    lora: Path | None = None
+    """An adapter file, or the run or checkpoint folder that holds one."""
+    strength: float = 1.0
+    """Scale of the adapter; 0 leaves it out."""
+
+
+def sample(registry: Registry, settings: Settings, prompt: str, target: Path, trained: Trained, no_sound: bool) -> Path:
     """Generates one clip and writes it to `target`."""
-    device = default_device()
-    plan = plan_model(registry, settings, device)
+    return write_sample(generate(registry, settings, prompt, trained, no_sound), target)
+
+
+def generate(registry: Registry, settings: Settings, prompt: str, trained: Trained, no_sound: bool = False) -> Generated:
+    """One clip of what the validation keys describe. Raises `ConfigError`, `CheckpointError`."""
+    plan = plan_model(registry, settings, default_device())
     family = plan.family
     streams = tuple(name for name in family.stream_names if not (no_sound and name != "video"))
-    validation = settings.get(ValidationSettings)
+    request = _request(plan, prompt, sound=not no_sound)
+    model = _trained_model(plan, streams, trained)
+    runner = BlockRunner(family.block_set(model), family.call_block)
+    return family.sample(model, plan.source, [request], runner, streams)[0]
+
+
+def _request(plan: ModelPlan, prompt: str, *, sound: bool) -> SampleRequest:
+    validation = plan.settings.get(ValidationSettings)
     if not (prompt or validation.validation_prompt):
         raise ConfigError("nothing to generate", where="--prompt", remedy='add --prompt "..."')
-    request = planned_request(family, settings, sound=not no_sound)
-    request = replace(request, prompt=prompt or request.prompt)
-    model = family.load(plan.source, streams, plan.context.dtype, device)
+    request = planned_request(plan.family, plan.settings, sound=sound)
+    return replace(request, prompt=prompt or request.prompt)
+
+
+def _trained_model(plan: ModelPlan, streams: Sequence[str], trained: Trained) -> nn.Module:
+    """The base model with `trained` over it, in evaluation mode. An adapter is checked before the model is loaded."""
+    headers = plan.source.headers("transformer")
+    adapter = None
+    if trained.lora is not None and trained.strength > 0:
+        adapter = read_adapter(plan.registry, trained.lora)
+        check_adapter(adapter, headers, str(trained.lora))
+    model = plan.family.load(plan.source, streams, plan.context.dtype, plan.context.device)
     model.requires_grad_(False)
-    if lora is not None and strength > 0:
-        adapter = read_adapter(registry, lora)
-        check_adapter(adapter, plan.source.headers("transformer"), str(lora))
-        adapter = replace(adapter, alpha=adapter.alpha * strength)
+    if trained.weights is not None:
+        load_full(plan.family, model, headers, trained.weights)
+    if adapter is not None:
+        adapter = replace(adapter, alpha=adapter.alpha * trained.strength)
         add_adapters(model, tuple(adapter.weights), AdapterSettings(lora_rank=adapter.rank, lora_alpha=adapter.alpha), 0)
         load_adapter_state(model, adapter)
-    model.eval()
-    runner = BlockRunner(family.block_set(model), family.call_block)
-    generated = family.sample(model, plan.source, [request], runner, streams)[0]
-    return write_sample(generated, target)
+    return model.eval()

@@ -28,6 +28,8 @@ from tuner_ltxvideo2.variants import DEFAULT_FLAVOUR, FLAVOURS, Flavour
 
 T = TypeVar("T")
 _WHERE: Final = "pretrained_model_name_or_path"
+_NETWORK_ERRORS: Final = (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError, *HfHubHTTPError.__bases__)
+"""Whatever HTTP library the hub's client uses, the errors of a connection descend from a base of `HfHubHTTPError`."""
 _TINY: Final = {"tiny": "2.0", "tiny-2.3": "2.3"}
 
 
@@ -148,7 +150,7 @@ def _ask(repository: str, call: Callable[[], T]) -> T:
             where=repository,
             remedy="check the name; `hf auth login` for a private one",
         ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except _NETWORK_ERRORS as error:
         raise HubError(
             f"the hub cannot be reached: {type(error).__name__}", where=repository,
             remedy="check the connection, or download the files elsewhere and give their path",

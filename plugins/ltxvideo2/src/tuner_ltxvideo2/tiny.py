@@ -38,6 +38,13 @@ TEXT_LENGTH: Final = 64
 REGISTERS: Final = 32
 _WIDTH: Final = 32
 """Of the text encoder."""
+_HEADS: Final = 4
+_VIDEO_HEAD: Final = 48
+_AUDIO_HEAD: Final = 40
+"""Channels of a head. Streams are wider than the 128 channels of a latent: the velocity of noise is of full rank, and a narrower model
+could never learn it. The widths differ, as they do in the released model, so that no layer fits the other stream by chance."""
+_VIDEO: Final = _HEADS * _VIDEO_HEAD
+_AUDIO: Final = _HEADS * _AUDIO_HEAD
 _GEMMA_LAYERS: Final = 2
 
 
@@ -78,20 +85,22 @@ def _arguments(variant: str) -> dict[str, Mapping[str, object]]:
     newer = variant == "2.3"
     return {
         "transformer": {
-            "in_channels": 128, "out_channels": 128, "num_attention_heads": 4, "attention_head_dim": 16, "cross_attention_dim": 64,
-            "audio_in_channels": 128, "audio_out_channels": 128, "audio_num_attention_heads": 4, "audio_attention_head_dim": 8,
-            "audio_cross_attention_dim": 32, "num_layers": BLOCKS, "caption_channels": _WIDTH, "rope_type": "split",
-            "rope_double_precision": True, "cross_attn_timestep_scale_multiplier": 1000.0,
-            "gated_attn": newer, "audio_gated_attn": newer, "cross_attn_mod": newer, "audio_cross_attn_mod": newer,
-            "use_prompt_embeddings": not newer,
+            "in_channels": 128, "out_channels": 128, "num_attention_heads": _HEADS, "attention_head_dim": _VIDEO_HEAD,
+            "cross_attention_dim": _VIDEO, "audio_in_channels": 128, "audio_out_channels": 128, "audio_num_attention_heads": _HEADS,
+            "audio_attention_head_dim": _AUDIO_HEAD, "audio_cross_attention_dim": _AUDIO,
+            "num_layers": BLOCKS, "caption_channels": _WIDTH, "rope_type": "split", "rope_double_precision": True,
+            "cross_attn_timestep_scale_multiplier": 1000.0, "gated_attn": newer, "audio_gated_attn": newer,
+            "cross_attn_mod": newer, "audio_cross_attn_mod": newer, "use_prompt_embeddings": not newer,
         },
         "connectors": {
             "caption_channels": _WIDTH, "text_proj_in_factor": _GEMMA_LAYERS + 1, "rope_type": "split", "rope_double_precision": True,
             "connector_rope_base_seq_len": 4096, "per_modality_projections": newer, "proj_bias": newer,
-            "video_hidden_dim": 64, "audio_hidden_dim": 32, "video_gated_attn": newer, "audio_gated_attn": newer,
-            "video_connector_num_attention_heads": 4 if newer else 2, "video_connector_attention_head_dim": 16,
+            "video_hidden_dim": _VIDEO, "audio_hidden_dim": _AUDIO, "video_gated_attn": newer, "audio_gated_attn": newer,
+            "video_connector_num_attention_heads": _HEADS if newer else 2,
+            "video_connector_attention_head_dim": _VIDEO_HEAD if newer else 16,
             "video_connector_num_layers": 1, "video_connector_num_learnable_registers": REGISTERS,
-            "audio_connector_num_attention_heads": 4 if newer else 2, "audio_connector_attention_head_dim": 8 if newer else 16,
+            "audio_connector_num_attention_heads": _HEADS if newer else 2,
+            "audio_connector_attention_head_dim": _AUDIO_HEAD if newer else 16,
             "audio_connector_num_layers": 1, "audio_connector_num_learnable_registers": REGISTERS,
         },
         "vae": _video_arguments(newer),
@@ -136,17 +145,18 @@ def _configuration(variant: str) -> dict[str, object]:
         "use_audio_video_cross_attention": True, "audio_positional_embedding_max_pos": [20], "av_cross_ada_norm": True,
         "use_embeddings_connector": True, "connector_positional_embedding_max_pos": [4096],
         "connector_num_learnable_registers": REGISTERS, "connector_norm_output": True, "use_middle_indices_grid": True,
-        "rope_type": "split", "frequencies_precision": "float64", "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 128,
-        "out_channels": 128, "cross_attention_dim": 64, "audio_num_attention_heads": 4, "audio_attention_head_dim": 8,
-        "audio_in_channels": 128, "audio_out_channels": 128, "audio_cross_attention_dim": 32, "caption_channels": _WIDTH,
+        "rope_type": "split", "frequencies_precision": "float64", "num_attention_heads": _HEADS, "attention_head_dim": _VIDEO_HEAD,
+        "in_channels": 128, "out_channels": 128, "cross_attention_dim": _VIDEO, "audio_num_attention_heads": _HEADS,
+        "audio_attention_head_dim": _AUDIO_HEAD, "audio_in_channels": 128, "audio_out_channels": 128,
+        "audio_cross_attention_dim": _AUDIO, "caption_channels": _WIDTH,
         "num_layers": BLOCKS, "connector_num_attention_heads": 2, "connector_attention_head_dim": 16, "connector_num_layers": 1,
     }  # fmt: skip
     if newer:
         transformer |= {
             "apply_gated_attention": True, "cross_attention_adaln": True, "connector_apply_gated_attention": True,
             "caption_proj_before_connector": True, "caption_projection_first_linear": False, "caption_proj_input_norm": False,
-            "caption_projection_second_linear": False, "connector_num_attention_heads": 4, "audio_connector_num_attention_heads": 4,
-            "audio_connector_attention_head_dim": 8,
+            "caption_projection_second_linear": False, "connector_num_attention_heads": _HEADS, "connector_attention_head_dim": _VIDEO_HEAD,
+            "audio_connector_num_attention_heads": _HEADS, "audio_connector_attention_head_dim": _AUDIO_HEAD,
         }  # fmt: skip
     samplers = ("compress_space_res", "compress_time_res", "compress_all_res", "compress_all_res")
     blocks: list[object] = [["res_x", {"num_layers": 1}]]
