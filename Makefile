@@ -14,6 +14,9 @@ PROJECTS := pyproject.toml $(addsuffix /pyproject.toml,$(DISTRIBUTIONS))
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 
+# The tests' and the demo's tensors are tiny: a second thread waits for the first more than it computes.
+export OMP_NUM_THREADS ?= 1
+
 .PHONY: install demo test lint types reference reference-check clean
 
 install: .venv/development

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tuner.config.settings import AdapterSettings
 from tuner.errors import CheckpointError, DiskError
 from tuner.interfaces.services import AdapterState
 from tuner.model.adapters import adapter_state, add_adapters, resolve_targets
+from tuner.tensor_files import write_tensors
 
 
 def state() -> AdapterState:
@@ -124,3 +127,23 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="cannot be written"):
         PeftFormat().write(tmp_path / "file" / FILE_NAME, state(), {})
+
+
+def test_a_written_file_can_be_read_by_those_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "deep" / "a.safetensors", {"x": torch.ones(2)}, {"k": "v"}, what="the file")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "deep" / "a.safetensors").stat().st_mode) == 0o640
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "a.safetensors"
+    write_tensors(target, {"x": torch.ones(2)}, {}, what="the file")
+    whole = target.read_bytes()
+    (tmp_path / "a.safetensors.part").mkdir()
+    with pytest.raises(DiskError, match="the file cannot be written"):
+        write_tensors(target, {"x": torch.zeros(2)}, {}, what="the file")
+    assert target.read_bytes() == whole

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from integration.processes import Launcher
 from integration.project import Project, add_clip
 from tuner_ltxvideo2.tiny import TinyPaths, write_tiny
 
@@ -17,6 +19,13 @@ torch.set_num_threads(1)
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyPaths:
     """The 2.0 architecture made small."""
     return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    """Starts commands in processes of their own."""
+    with Launcher() as started:
+        yield started
 
 
 @pytest.fixture

@@ -70,6 +70,18 @@ class Project:
         return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
 
+def add_damaged_clip(folder: Path, name: str) -> Path:
+    """A clip whose last frames are lost: its header and first frame look well, decoding it fails."""
+    path = folder / f"{name}.mp4"
+    write_mp4(path, VideoClip(moving_picture(17, 96, 64, 0.3), 25.0), None)
+    content = bytearray(path.read_bytes())
+    end = content.index(b"moov") - 4
+    content[end - 60 : end] = bytes(60)
+    path.write_bytes(content)
+    path.with_suffix(".txt").write_text("a pattern that breaks off")
+    return path
+
+
 def add_clip(folder: Path, name: str, *, frames: int = 12, size: tuple[int, int] = (96, 64), sound: bool = True, caption: str = "") -> Path:
     """Writes an mp4 and its caption."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ltxvideo2.ltx2_flavour import FlavourWritten, write_flavour
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import WeightSource
 from tuner_ltxvideo2.loading import CombinedFile
@@ -43,6 +44,12 @@ def tiny_variant(tiny_source: WeightSource) -> Variant:
 def tiny20(tiny_root: Path) -> TinyPaths:
     """2.0 alone, for what does not differ between variants."""
     return write_tiny(tiny_root / "2.0")
+
+
+@pytest.fixture(scope="session")
+def flavour_written(tmp_path_factory: pytest.TempPathFactory) -> FlavourWritten:
+    """Written once; two tests look at it."""
+    return write_flavour(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import TensorHeader
-from tuner_ltxvideo2.loading import make_part
+from tuner_ltxvideo2.loading import empty_part
 
 _ROPE = {"rope_type": "split", "rope_double_precision": True, "rope_theta": 10000.0}
 
@@ -125,12 +124,16 @@ def metadata(release: str) -> dict[str, object]:
 def modules(release: str) -> Mapping[str, nn.Module]:
     """The released networks on the meta device."""
     variant = Variant("ltxvideo2", release, RELEASES[release])
-    with torch.device("meta"):
-        return {part: make_part(part, variant) for part in RELEASES[release]}
+    return {part: empty_part(part, variant) for part in RELEASES[release]}
 
 
 def headers(release: str) -> dict[str, dict[str, TensorHeader]]:
-    """Part -> name -> header, as a file of the release would give them."""
+    """Part -> name -> header, as a file of the release would give them; the caller may change them."""
+    return {part: dict(named) for part, named in _headers(release).items()}
+
+
+@functools.cache
+def _headers(release: str) -> Mapping[str, Mapping[str, TensorHeader]]:
     return {
         part: {name: TensorHeader(tuple(tensor.shape), "BF16") for name, tensor in module.state_dict().items()}
         for part, module in modules(release).items()

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import LTX2VideoTransformer3DModel
 from torch import nn
 
+from ltxvideo2.ltx2_flavour import FlavourWritten
 from ltxvideo2.ltx2_models import batch_and_noise, normal, transformer
+from ltxvideo2.ltx2_published import modules
 from tuner.component import Component
 from tuner.config.settings import AdapterSettings, ModelSettings
 from tuner.interfaces.blocks import BlockState
@@ -23,7 +24,6 @@ from tuner.model.runner import BlockRunner, Checkpointing
 from tuner_ltxvideo2 import family as families
 from tuner_ltxvideo2.loading import CombinedFile
 from tuner_ltxvideo2.options import LTX2Options
-from tuner_ltxvideo2.tiny import TinyPaths
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -34,11 +34,6 @@ def make_family(text_encoder: Path | None = None, dtype: torch.dtype = torch.flo
     return families.LTX2Family(LTX2Options(**options), BuildContext(CPU, dtype, 3, 0, Path()), text_encoder)
 
 
-@pytest.fixture
-def source(tiny20: TinyPaths) -> WeightSource:
-    return CombinedFile().open(tiny20.checkpoint, "tiny")
-
-
 def test_component_factory_is_this_class() -> None:
     component = Component("ltxvideo2", "", LTX2Options, "tuner_ltxvideo2.family:LTX2Family")
     assert component.load() is families.LTX2Family
@@ -46,10 +41,10 @@ def test_component_factory_is_this_class() -> None:
 
 @pytest.mark.parametrize("streams", [BOTH, ("video",), ("audio",)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inspect_tells_what_load_brings(source: WeightSource, streams: tuple[str, ...], dtype: torch.dtype) -> None:
+def test_inspect_tells_what_load_brings(source20: WeightSource, streams: tuple[str, ...], dtype: torch.dtype) -> None:
     family = make_family(dtype=dtype)
-    facts = family.inspect(source, streams)
-    model = family.load(source, streams, dtype, CPU)
+    facts = family.inspect(source20, streams)
+    model = family.load(source20, streams, dtype, CPU)
     blocks = family.block_set(model)
     assert facts.variant.name == "2.0"
     assert facts.parameters == sum(p.numel() for p in model.parameters())
@@ -62,11 +57,12 @@ def test_inspect_tells_what_load_brings(source: WeightSource, streams: tuple[str
     assert not [name for name, p in model.named_parameters() if p.dtype != dtype]
 
 
-def test_locate_writes_the_tiny_model_and_finds_its_text_encoder(tmp_path: Path) -> None:
+def test_locate_finds_the_tiny_model_and_its_text_encoder(flavour_written: FlavourWritten) -> None:
     family = make_family()
-    located = family.locate(ModelSettings(model_flavour="tiny"), tmp_path)
+    located = family.locate(ModelSettings(model_flavour="tiny"), flavour_written.cache)
+    assert located.weights == flavour_written.paths.checkpoint
     assert located.weights.is_file()
-    assert str(tmp_path) not in located.description
+    assert str(flavour_written.cache) not in located.description
     opened = CombinedFile().open(located.weights, located.description)
     assert [encoder.name for encoder in family.encoders(opened, BOTH)] == ["text", "video", "audio"]
     assert [encoder.name for encoder in family.encoders(opened, ("video",))] == ["text", "video"]
@@ -81,13 +77,8 @@ def test_options_choose_streams_and_weights() -> None:
 
 
 # --- targets -----------------------------------------------------------------------------------------------------
-def real_size(**settings: object) -> LTX2VideoTransformer3DModel:
-    with torch.device("meta"):
-        return LTX2VideoTransformer3DModel(attention_head_dim=128, rope_type="split", **settings)
-
-
 def test_default_targets_at_real_size() -> None:
-    family, model = make_family(), real_size()
+    family, model = make_family(), modules("2.0")["transformer"]
     targets = family.adapter_targets(model, BOTH)
     attention = [name for name in targets if name.endswith(families.ATTENTION_TARGETS)]
     assert len(attention) == 1152  # 48 blocks · 6 attentions · 4
@@ -99,7 +90,7 @@ def test_default_targets_at_real_size() -> None:
 
 
 def test_one_stream_targets_no_module_of_the_other_nor_between() -> None:
-    family, model = make_family(), real_size(num_layers=2)
+    family, model = make_family(), transformer("2.0", layers=2)
     video, audio = (family.adapter_targets(model, (name,)) for name in BOTH)
     assert len(video) == 2 * 2 * 4
     assert not [name for name in video if "audio" in name]
@@ -125,9 +116,9 @@ def noised(batch: Batch, sigma: float = 0.6) -> Noise:
 
 
 @pytest.mark.parametrize("streams", [BOTH, ("video",), ("audio",)])
-def test_cached_records_become_a_prediction(source: WeightSource, streams: tuple[str, ...]) -> None:
+def test_cached_records_become_a_prediction(source20: WeightSource, streams: tuple[str, ...]) -> None:
     family = make_family(i2v_conditioning_probability=1.0)
-    width = family.inspect(source, BOTH).variant.config["transformer"]["caption_channels"]
+    width = family.inspect(source20, BOTH).variant.config["transformer"]["caption_channels"]
     assert isinstance(width, int)
     records = {
         "video": Record({"latents": normal(128, 2, 2, 3, seed=1)}),
@@ -136,7 +127,7 @@ def test_cached_records_become_a_prediction(source: WeightSource, streams: tuple
     }
     sample = Sample(key="c", dataset="d", draw=0, epoch=0, frame_rate=25.0, frames=9, height=64, width=96, records=records)
     batch = family.collate([sample, dataclasses.replace(sample, draw=1, frame_rate=24.0)], streams)
-    model = family.load(source, streams, torch.float32, CPU)
+    model = family.load(source20, streams, torch.float32, CPU)
     with torch.no_grad():
         state = family.enter(model, batch, noised(batch))
         if "video" in streams:
@@ -152,10 +143,10 @@ def test_cached_records_become_a_prediction(source: WeightSource, streams: tuple
 
 
 @pytest.mark.parametrize("streams", [BOTH, ("video",)])
-def test_recomputing_runner_gives_the_gradients_of_the_plain_loop(source: WeightSource, streams: tuple[str, ...]) -> None:
+def test_recomputing_runner_gives_the_gradients_of_the_plain_loop(source20: WeightSource, streams: tuple[str, ...]) -> None:
     """LoRA on every default target, a missing sound and a conditioned frame, all blocks recomputed in backward."""
     family = make_family()
-    model = family.load(source, streams, torch.float32, CPU)
+    model = family.load(source20, streams, torch.float32, CPU)
     add_adapters(model, family.adapter_targets(model, streams), AdapterSettings(lora_rank=2), seed=0)
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if "lora_B" in name:

@@ -40,37 +40,44 @@ def edited(tiny: TinyPaths, path: Path, edit: Edit) -> Path:
     return path
 
 
-def as_folder(source: WeightSource, variant: Variant, folder: Path, shard: str = "") -> Path:
+Parts = Mapping[str, torch.nn.Module]
+
+
+@pytest.fixture(scope="module")
+def built(tiny_source: WeightSource) -> Parts:
+    """Every part, built once; tests only look at them."""
+    return {part: build(tiny_source, part) for part in tiny_source.parts()}
+
+
+def as_folder(parts: Parts, folder: Path, shard: str = "") -> Path:
     """The same weights as diffusers saves a pipeline; the part `shard` in two files with an index."""
-    for part in source.parts():
-        module = build(source, part, torch.float32)
+    for part, module in parts.items():
         size = 200_000 if part == shard else 10**10
         module.save_pretrained(folder / part, max_shard_size=size)  # type: ignore[operator]
     return folder
 
 
 # --- values ------------------------------------------------------------------------------------------------------
-def test_every_stored_value_arrives(tiny: TinyPaths, tiny_source: WeightSource) -> None:
+def test_every_stored_value_arrives(tiny: TinyPaths, built: Parts) -> None:
     stored = load_file(tiny.checkpoint)
     seen = set()
-    for part in tiny_source.parts():
-        for name, value in build(tiny_source, part).state_dict().items():
+    for part, module in built.items():
+        for name, value in module.state_dict().items():
             key = join_original(part, to_original(part, name))
             assert torch.equal(value, stored[key].float()), key
             seen.add(key)
     assert seen == set(stored)
 
 
-def test_nothing_stays_without_storage(tiny_source: WeightSource) -> None:
-    for part in tiny_source.parts():
-        module = build(tiny_source, part)
+def test_nothing_stays_without_storage(built: Parts) -> None:
+    for part, module in built.items():
         assert not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]), part
         assert not any(parameter.requires_grad for parameter in module.parameters())
         assert not module.training
 
 
-def test_the_vocoders_resampling_filter_is_the_one_its_class_makes(tiny_source: WeightSource, tiny_variant: Variant) -> None:
-    vocoder = build(tiny_source, "vocoder")
+def test_the_vocoders_resampling_filter_is_the_one_its_class_makes(built: Parts, tiny_variant: Variant) -> None:
+    vocoder = built["vocoder"]
     own = type(vocoder)(**tiny_variant.config["vocoder"])
     unstored = {name: buffer for name, buffer in own.named_buffers() if name not in own.state_dict()}
     assert list(unstored) == (["resampler.filter"] if tiny_variant.name == "2.3" else [])
@@ -104,16 +111,16 @@ def test_tensors_can_be_asked_for_by_name(source20: WeightSource) -> None:
     assert [name for name, _ in source20.tensors("transformer", names)] == names
 
 
-def test_folder_and_file_give_the_same_model(tiny_source: WeightSource, tiny_variant: Variant, tmp_path: Path) -> None:
-    folder = as_folder(tiny_source, tiny_variant, tmp_path / "pipeline", shard="transformer")
+def test_folder_and_file_give_the_same_model(built: Parts, tiny_variant: Variant, tmp_path: Path) -> None:
+    folder = as_folder(built, tmp_path / "pipeline", shard="transformer")
     assert (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     assert DiffusersFolder().accepts(folder)
     assert not CombinedFile().accepts(folder)
     opened = DiffusersFolder().open(folder, "pipeline")
     variant = variant_of(opened)
     assert variant.name == tiny_variant.name
-    for part in tiny_source.parts():
-        expected = build(tiny_source, part).state_dict()
+    for part, module in built.items():
+        expected = module.state_dict()
         found = build(opened, part).state_dict()
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected), part

@@ -172,7 +172,7 @@ def test_write_refuses_what_is_no_adapter(tmp_path: Path) -> None:
         UniversalFormat().write(path, AdapterState({}, 4, 4.0, ()), {})
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(DiskError, match="could not be written"):
+    with pytest.raises(DiskError, match="cannot be written"):
         UniversalFormat().write(
             blocked / "lora.safetensors", AdapterState({"proj_in": (torch.zeros(4, 8), torch.zeros(8, 4))}, 4, 4.0, ()), {}
         )

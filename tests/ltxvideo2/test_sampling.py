@@ -15,15 +15,15 @@ from transformers import AutoTokenizer
 from tuner.errors import ConfigError
 from tuner.interfaces.blocks import BlockState
 from tuner.interfaces.encoders import AudioClip
-from tuner.interfaces.family import Batch, BlockFunction, BuildContext, Noise, Prediction, SampleRequest
+from tuner.interfaces.family import Batch, BlockFunction, BuildContext, Noise, Prediction, SampleRequest, Variant
+from tuner.interfaces.services import WeightSource
 from tuner_ltxvideo2 import sampling
 from tuner_ltxvideo2.family import LTX2Family
 from tuner_ltxvideo2.inputs import unpack_video
-from tuner_ltxvideo2.loading import CombinedFile, build_part
+from tuner_ltxvideo2.loading import build_part
 from tuner_ltxvideo2.options import LTX2Options
 from tuner_ltxvideo2.text import load_gemma, read_gemma_config
 from tuner_ltxvideo2.tiny import TinyPaths
-from tuner_ltxvideo2.variants import variant_of
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -48,21 +48,25 @@ class Blocks(BlockFunction):
         return state
 
 
-def diffusers_latents(tiny: TinyPaths, request: SampleRequest, use_cross_timestep: bool) -> tuple[Tensor, Tensor]:
-    source = CombinedFile().open(tiny.checkpoint, "tiny")
-    variant = variant_of(source)
+@pytest.fixture(scope="module")
+def pipeline(tiny: TinyPaths, tiny_source: WeightSource, tiny_variant: Variant) -> LTX2Pipeline:
+    """diffusers' own, over the same weights."""
     parts = {
-        part: build_part(source, part, variant, dtype=torch.float32, device=CPU)
+        part: build_part(tiny_source, part, tiny_variant, dtype=torch.float32, device=CPU)
         for part in ("transformer", "connectors", "vae", "audio_vae", "vocoder")
     }
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, max_image_seq_len=4096, shift_terminal=0.1
     )
-    pipeline = LTX2Pipeline(
+    made = LTX2Pipeline(
         scheduler=scheduler, tokenizer=AutoTokenizer.from_pretrained(tiny.text_encoder),
-        text_encoder=load_gemma(tiny.text_encoder, read_gemma_config(tiny.text_encoder, variant), torch.float32, CPU), **parts,
+        text_encoder=load_gemma(tiny.text_encoder, read_gemma_config(tiny.text_encoder, tiny_variant), torch.float32, CPU), **parts,
     )
-    pipeline.set_progress_bar_config(disable=True)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def diffusers_latents(pipeline: LTX2Pipeline, request: SampleRequest, use_cross_timestep: bool) -> tuple[Tensor, Tensor]:
     video, audio = pipeline(
         prompt=request.prompt, negative_prompt=request.negative_prompt, width=request.width, height=request.height,
         num_frames=request.frames, frame_rate=request.frame_rate, num_inference_steps=request.steps, guidance_scale=request.guidance,
@@ -72,20 +76,21 @@ def diffusers_latents(tiny: TinyPaths, request: SampleRequest, use_cross_timeste
         max_sequence_length=pipeline.tokenizer.model_max_length, output_type="latent", return_dict=False,
     )
     # back to what the transformer works on
-    video = (video - parts["vae"].latents_mean.view(1, -1, 1, 1, 1)) / parts["vae"].latents_std.view(1, -1, 1, 1, 1)
-    audio = (audio.transpose(1, 2).flatten(2) - parts["audio_vae"].latents_mean) / parts["audio_vae"].latents_std
+    video = (video - pipeline.vae.latents_mean.view(1, -1, 1, 1, 1)) / pipeline.vae.latents_std.view(1, -1, 1, 1, 1)
+    audio = (audio.transpose(1, 2).flatten(2) - pipeline.audio_vae.latents_mean) / pipeline.audio_vae.latents_std
     return video, audio
 
 
 @pytest.mark.parametrize(("guidance", "audio_guidance"), [(1.0, None), (3.0, 5.0)])
-def test_clip_equals_diffusers_pipeline_and_has_the_right_length(tiny: TinyPaths, guidance: float, audio_guidance: float | None) -> None:
+def test_clip_equals_diffusers_pipeline_and_has_the_right_length(
+    pipeline: LTX2Pipeline, tiny: TinyPaths, tiny_source: WeightSource, guidance: float, audio_guidance: float | None
+) -> None:
     request = dataclasses.replace(REQUEST, guidance=guidance, audio_guidance=audio_guidance)
-    source = CombinedFile().open(tiny.checkpoint, "tiny")
     family = make_family(tiny.text_encoder)
-    model = family.load(source, ("video", "audio"), torch.float32, CPU).train()
-    made = family.sample(model, source, [request], Blocks(family, model), ("video", "audio"))[0]
+    model = family.load(tiny_source, ("video", "audio"), torch.float32, CPU).train()
+    made = family.sample(model, tiny_source, [request], Blocks(family, model), ("video", "audio"))[0]
     assert model.training, "the mode is put back"
-    video, audio = diffusers_latents(tiny, request, use_cross_timestep=guidance == 1.0)
+    video, audio = diffusers_latents(pipeline, request, use_cross_timestep=guidance == 1.0)
     torch.testing.assert_close(unpack_video(made.latents["video"], (2, 2, 3)), video, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(made.latents["audio"], audio, atol=1e-4, rtol=1e-4)
 
@@ -97,23 +102,21 @@ def test_clip_equals_diffusers_pipeline_and_has_the_right_length(tiny: TinyPaths
     assert made.sound.sample_rate in (24000, 48000)
 
 
-def test_several_requests_and_a_picture_without_sound(tiny20: TinyPaths) -> None:
-    source = CombinedFile().open(tiny20.checkpoint, "tiny")
+def test_several_requests_and_a_picture_without_sound(tiny20: TinyPaths, source20: WeightSource) -> None:
     family = make_family(tiny20.text_encoder)
     streams = ("video",)
-    model = family.load(source, streams, torch.float32, CPU)
+    model = family.load(source20, streams, torch.float32, CPU)
     small = dataclasses.replace(REQUEST, width=64, frames=1, steps=1)
-    made = family.sample(model, source, [small, dataclasses.replace(small, seed=6), small], Blocks(family, model), streams)
+    made = family.sample(model, source20, [small, dataclasses.replace(small, seed=6), small], Blocks(family, model), streams)
     assert [clip.sound for clip in made] == [None, None, None]
     assert torch.equal(made[0].latents["video"], made[2].latents["video"]), "the same request gives the same clip"
     assert not torch.equal(made[0].latents["video"], made[1].latents["video"])
 
 
-def test_sound_alone(tiny20: TinyPaths) -> None:
-    source = CombinedFile().open(tiny20.checkpoint, "tiny")
+def test_sound_alone(tiny20: TinyPaths, source20: WeightSource) -> None:
     family = make_family(tiny20.text_encoder)
-    model = family.load(source, ("audio",), torch.float32, CPU)
-    made = family.sample(model, source, [dataclasses.replace(REQUEST, steps=2)], Blocks(family, model), ("audio",))[0]
+    model = family.load(source20, ("audio",), torch.float32, CPU)
+    made = family.sample(model, source20, [dataclasses.replace(REQUEST, steps=2)], Blocks(family, model), ("audio",))[0]
     assert made.video is None
     assert made.sound is not None and made.sound.samples.isfinite().all()
 

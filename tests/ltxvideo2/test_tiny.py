@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from ltxvideo2.ltx2_flavour import FlavourWritten
 from tuner.errors import ConfigError
 from tuner.interfaces.encoders import AudioClip, VideoClip
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import WeightSource
 from tuner_ltxvideo2.audio_latents import AudioLatentEncoder
-from tuner_ltxvideo2.hub import locate_model
 from tuner_ltxvideo2.stored import read_header
 from tuner_ltxvideo2.tiny import TinyPaths, write_tiny
 from tuner_ltxvideo2.video_latents import VideoLatentEncoder
@@ -23,13 +23,11 @@ from tuner_ltxvideo2.video_latents import VideoLatentEncoder
 CPU = torch.device("cpu")
 
 
-def test_the_flavour_writes_it_and_the_same_seed_gives_the_same_weights(tiny20: TinyPaths, tmp_path: Path) -> None:
-    torch.manual_seed(99)
-    before = torch.random.get_rng_state()
-    files = locate_model("", "", "tiny", "", tmp_path)  # what `model_flavour: tiny` does
+def test_the_flavour_writes_it_and_the_same_seed_gives_the_same_weights(tiny20: TinyPaths, flavour_written: FlavourWritten) -> None:
+    files, again = flavour_written.files, flavour_written.paths
     assert (files.text_encoder, files.description) == (None, files.weights.name)
-    again = TinyPaths(files.weights, files.weights.parent / "text_encoder")
-    assert torch.equal(torch.random.get_rng_state(), before)  # the caller's draws are left alone
+    assert again != tiny20
+    assert flavour_written.draws_untouched
     weights, before_weights = load_file(again.checkpoint), load_file(tiny20.checkpoint)
     assert weights.keys() == before_weights.keys()
     assert all(torch.equal(weights[key], before_weights[key]) for key in weights)
@@ -45,7 +43,7 @@ def test_a_complete_one_is_left_alone(tiny20: TinyPaths) -> None:
 
 
 def test_it_is_small(tiny: TinyPaths) -> None:
-    assert tiny.checkpoint.stat().st_size < 15_000_000
+    assert tiny.checkpoint.stat().st_size < 25_000_000  # 2.0: 19 MB; 2.3 has more gates, wider connectors, a second vocoder
     assert sum(file.stat().st_size for file in tiny.text_encoder.iterdir()) < 1_000_000
 
 
@@ -69,12 +67,12 @@ def test_the_tokenizer_loads_without_network_or_code(tiny20: TinyPaths, monkeypa
 
 def test_typical_latents_have_about_unit_variance(tiny_source: WeightSource, tiny_variant: Variant) -> None:
     y, x = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 128), indexing="ij")
-    time = torch.arange(17)[:, None, None] / 17
+    time = torch.arange(9)[:, None, None] / 9
     pictures = torch.stack([torch.sin(5 * (x * a + y * b) + 6 * time) for a, b in ((1, 0), (0, 1), (1, 1))], -1) * 0.5 + 0.5
     video = VideoLatentEncoder(tiny_source, tiny_variant, torch.float32)
     video.load(CPU)
     latents = video.encode([VideoClip((pictures * 255).to(torch.uint8), 25.0)])[0].tensors["latents"]
-    assert latents.shape == (128, 3, 3, 4)
+    assert latents.shape == (128, 2, 3, 4)
     assert 0.5 < float(latents.std()) < 2
     sound = AudioLatentEncoder(tiny_source, tiny_variant, torch.float32)
     sound.load(CPU)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tuner.errors import CheckpointError, DiskError
+from tuner.errors import CheckpointError
 from tuner.interfaces.services import AdapterState, CheckpointFormat
+from tuner.tensor_files import write_tensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for in a folder."""
@@ -36,15 +35,7 @@ class PeftFormat(CheckpointFormat):
                 tensors[PREFIX + module + end] = tensor.detach().cpu().contiguous()
         peft = {"r": adapter.rank, "lora_alpha": adapter.alpha, "target_modules": list(adapter.targets), "bias": "none"}
         described = json.dumps({PREFIX + key: value for key, value in peft.items()}, sort_keys=True)
-        unfinished = path.with_name(path.name + ".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, unfinished, metadata={**facts, "format": "pt", METADATA_KEY: described})
-            unfinished.replace(path)
-        except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            raise DiskError(f"the adapter cannot be written: {error}", where=str(path)) from error
+        write_tensors(path, tensors, {**facts, METADATA_KEY: described}, what="the adapter")
 
     def accepts(self, path: Path) -> bool:
         """Whether every tensor's name is one that `write` gives."""

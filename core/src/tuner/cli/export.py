@@ -30,7 +30,7 @@ command = configured_command(
     run,
     [
         click.Argument(["source"], metavar="RUN|CHECKPOINT|FILE"),
-        click.Option(["--output", "-o"], metavar="FILE", help="Where to write; beside the source when empty."),
+        click.Option(["--output", "-o"], metavar="FILE|DIR", help="Where to write; beside the source when empty."),
         click.Option(["--layout"], default="", help="Which layout, by the name that `tuner plugins` lists; the family's own when empty."),
     ],
 )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import click
 
 import tuner
+from tuner.cli.quiet import silence_libraries
 from tuner.errors import TunerError
 
 COMMANDS: Mapping[str, str] = {
@@ -84,6 +85,8 @@ def build() -> LazyGroup:
         invocation.debug = invocation.debug or debug
         if invocation.debug:
             logging.getLogger("tuner").setLevel(logging.DEBUG)
+        else:
+            silence_libraries()
 
     return group
 

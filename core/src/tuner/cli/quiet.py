@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 
 HARMLESS = {
-    "torchao": "which of its compiled kernels this machine cannot load; none is used here",
+    "torchao": "which of its compiled kernels were built for other machines",
     "torch.utils._pytree": "a deprecation between two libraries",
     "diffusers.quantizers.torchao.torchao_quantizer": "a file format of quantized checkpoints that nobody here reads",
-    "transformers.modeling_utils": "hints for people who write models",
-    "torch.distributed.distributed_c10d": "hints for people who write distributed programs",
 }
 """Logger -> what its warnings are about."""
 

@@ -37,9 +37,9 @@ class Terminal:
             table.add_row(label, text)
         self.console.print(table)
         if plan.manifest.reasons():
-            self.console.print(plan.manifest.table(), markup=False)
+            self.console.print(plan.manifest.table(), markup=False, soft_wrap=True)
         for notice in plan.notices:
-            self.console.print(f"notice: {notice}", markup=False)
+            self.console.print(f"notice: {notice}", markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """One sentence, above whatever is live."""
@@ -47,7 +47,7 @@ class Terminal:
         if self._line is not None:
             self._line.note(text)
         else:
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def caching(self, done: int, total: int, label: str) -> None:
         """Progress of finding or encoding clips."""
@@ -100,12 +100,20 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("clips", manifest.describe()),
         ("sound", manifest.ledger.describe()),
         ("buckets", f"{buckets} (width x height x frames)"),
-        ("length", f"{plan.total_steps} steps of {optimizer.gradient_accumulation_steps} x {train.train_batch_size} clips, "
-                   f"{plan.batches_per_epoch} batches an epoch"),
+        ("length", f"{plan.total_steps} steps of {optimizer.gradient_accumulation_steps} x {train.train_batch_size} clips"
+                   f"{f' on each of {plan.world} devices' if plan.world > 1 else ''}, {plan.batches_per_epoch} batches an epoch"),
         ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}"),
-        ("device", f"{plan.context.device}, {str(plan.context.dtype).removeprefix('torch.')}"),
+        ("device", describe_device(plan)),
         ("output", str(plan.context.output_dir)),
     ]  # fmt: skip
+
+
+def describe_device(plan: Plan) -> str:
+    """Device and precision, with a word on a pair that looks like a hang."""
+    dtype = str(plan.context.dtype).removeprefix("torch.")
+    slow = plan.context.device.type == "cpu" and dtype == "bfloat16"
+    hint = " (a CPU takes minutes for a convolution in bf16: add --mixed_precision no)" if slow else ""
+    return f"{plan.context.device}, {dtype}{hint}"
 
 
 def describe_training(plan: Plan) -> str:

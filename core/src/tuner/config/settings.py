@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from tuner.config.options import Options, option, unsupported
 
 LATER = "not part of this version"
+
+
+def _rollout(help: str, default: object) -> Any:
+    """A key that means something only together with the rollout's own switch."""
+    return unsupported(help=help, reason="it belongs to scheduled_sampling_max_step_offset", changes_results=False, default=default)
 
 
 class ModelSettings(Options):
@@ -95,20 +100,21 @@ class TrainSettings(Options):
         help="Skip a baseline sample before training.", reason="no such sample is made", changes_results=False, default=True
     )
     scheduled_sampling_max_step_offset: int = unsupported(
-        help="Rollout during training.", reason="scheduled sampling is " + LATER, changes_results=True, default=0
+        help="Steps of rollout during training; 0 is off.", reason=f"scheduled sampling is {LATER}", changes_results=True, default=0
     )
-    scheduled_sampling_probability: float = unsupported(
-        help="Rollout during training.", reason="scheduled sampling is " + LATER, changes_results=True, default=0.0
-    )
-    scheduled_sampling_prob_start: float = unsupported(
-        help="Rollout during training.", reason="scheduled sampling is " + LATER, changes_results=True, default=0.0
-    )
-    scheduled_sampling_prob_end: float = unsupported(
-        help="Rollout during training.", reason="scheduled sampling is " + LATER, changes_results=True, default=0.0
-    )
-    scheduled_sampling_reflexflow: bool = unsupported(
-        help="ReflexFlow weighting of the rollout.", reason="scheduled sampling is " + LATER, changes_results=True, default=False
-    )
+    scheduled_sampling_strategy: str = _rollout("Distribution of the rollout's length.", "")
+    scheduled_sampling_probability: float = _rollout("Share of rollouts.", 0.0)
+    scheduled_sampling_prob_start: float = _rollout("Share at the start of the ramp.", 0.0)
+    scheduled_sampling_prob_end: float = _rollout("Share at the end of the ramp.", 0.0)
+    scheduled_sampling_ramp_steps: int = _rollout("Length of the ramp.", 0)
+    scheduled_sampling_ramp_shape: str = _rollout("Shape of the ramp.", "")
+    scheduled_sampling_start_step: int = _rollout("Step at which the ramp begins.", 0)
+    scheduled_sampling_sampler: str = _rollout("Solver of the rollout.", "")
+    scheduled_sampling_order: int = _rollout("Order of the solver.", 0)
+    scheduled_sampling_reflexflow: bool = _rollout("ReflexFlow weighting.", False)
+    scheduled_sampling_reflexflow_alpha: float = _rollout("Its weight.", 0.0)
+    scheduled_sampling_reflexflow_beta1: float = _rollout("Its direction term.", 0.0)
+    scheduled_sampling_reflexflow_beta2: float = _rollout("Its magnitude term.", 0.0)
 
 
 class DataSettings(Options):

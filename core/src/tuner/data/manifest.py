@@ -190,24 +190,27 @@ def reason_of(error: DataError) -> str:
 
 def scan(
     entries: Sequence[DatasetEntry], settings: DataSettings, geometry: Geometry, *,
-    progress: Report | None = None, workers: DecodeWorkers | None = None,
+    progress: Report | None = None, workers: DecodeWorkers | None = None, remember: bool = True,
 ) -> Manifest:  # fmt: skip
     """Finds and probes all clips; raises `DataError` when the dataset cannot be trained on as it is (see `require_usable`)."""
-    manifest = survey(entries, settings, geometry, progress=progress, workers=workers)
+    manifest = survey(entries, settings, geometry, progress=progress, workers=workers, remember=remember)
     require_usable(manifest, strict=settings.strict)
     return manifest
 
 
 def survey(
     entries: Sequence[DatasetEntry], settings: DataSettings, geometry: Geometry, *,
-    progress: Report | None = None, workers: DecodeWorkers | None = None,
+    progress: Report | None = None, workers: DecodeWorkers | None = None, remember: bool = True,
 ) -> Manifest:  # fmt: skip
-    """A verdict for every clip, whatever they are. Raises `ConfigError` for settings that the family cannot follow."""
+    """A verdict for every clip, whatever they are. Raises `ConfigError` for settings that the family cannot follow.
+
+    `remember`: write what was measured of the clips to the cache, so that the next time reads none of them again.
+    """
     videos = [entry for entry in entries if isinstance(entry, VideoEntry)]
     found = [(entry, path) for entry in videos for path in find_clips(entry)]
     own = workers or DecodeWorkers()
     try:
-        examined = _examine_all(found, own, progress)
+        examined = _examine_all(found, own, progress, remember)
     finally:
         if workers is None:
             own.close()
@@ -253,7 +256,7 @@ def find_clips(entry: VideoEntry) -> list[Path]:
 
 
 def _examine_all(
-    found: Sequence[tuple[VideoEntry, Path]], workers: DecodeWorkers, progress: Report | None
+    found: Sequence[tuple[VideoEntry, Path]], workers: DecodeWorkers, progress: Report | None, remember: bool
 ) -> list[Examined | DataError]:
     """From the index where the file has not changed, else in worker processes."""
     indexes = {entry.cache_dir: MediaIndex(entry.cache_dir) for entry, _ in found}
@@ -265,7 +268,7 @@ def _examine_all(
             indexes[found[number][0].cache_dir].add(found[number][1], result)
         if progress:
             progress(done, len(todo), "examining clips")
-    for index in indexes.values():
+    for index in indexes.values() if remember else ():
         index.save()
     return [result for result in results if result is not None]
 

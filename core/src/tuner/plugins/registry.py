@@ -7,7 +7,7 @@ the order of names, and an error is known to be that plugin's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from tuner.train.run import RunInfo
 
 log = logging.getLogger(__name__)
+
+CHOSEN_BY: Mapping[Kind, str] = {
+    "family": "model_family", "optimizer": "optimizer", "quantizer": "base_model_precision", "tracker": "report_to",
+}
+"""The key by which users name a component of a kind."""
 
 
 class Registry:
@@ -63,7 +68,7 @@ class Registry:
         missing = [record for record in self.plugins if record.status != "loaded"]
         culprits = [record for record in missing if record.name == name or name in record.claimed]
         advice = did_you_mean(similar) or (f"there is {', '.join(known)}" if known else "no plugin offers any")
-        words, where = f"no {kind.replace('_', ' ')} has this name", "" if kind != "family" else "model_family"
+        words, where = f"no {kind.replace('_', ' ')} has this name", CHOSEN_BY.get(kind, "")
         if culprits or (missing and not similar):
             raise PluginError(words, where=where, value=name, remedy=f"{absences(culprits or missing)}; {advice}")
         raise ConfigError(words, where=where, value=name, remedy="; ".join(filter(None, [advice, absences(missing)])))

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from tuner.errors import TunerError
+from tuner.errors import EnvironmentProblem, TunerError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=2)
@@ -41,11 +41,20 @@ class Ranks:
         return self.rank == 0
 
     def most(self, values: Sequence[int]) -> list[int]:
-        """The largest of each value over all ranks. Every rank must call it, in the same order as its other calls here."""
+        """The largest of each value over all ranks. Every rank must call it, in the same order as its other calls here.
+
+        Raises `EnvironmentProblem` where a rank is gone.
+        """
         if self._group is None:
             return list(values)
         shared = torch.tensor(list(values), dtype=torch.int64)
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self._group)
+        try:
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self._group)
+        except RuntimeError as error:  # what gloo raises where a connection breaks
+            raise EnvironmentProblem(
+                "another process of this run has ended", where=f"rank {self.rank}",
+                remedy="see what it said, then go on from the last checkpoint",
+            ) from error  # fmt: skip
         agreed: list[int] = shared.tolist()
         return agreed
 

@@ -33,8 +33,8 @@ from tuner.train.exact import differences, require_exact
 from tuner.train.state import JSON, flatten_state, restore_state
 
 __all__ = [
-    "JSON", "LoadedCheckpoint", "checkpoints", "differences", "find_checkpoint", "flatten_state", "load_checkpoint", "require_exact",
-    "restore_state", "save_checkpoint", "verify_checkpoint",
+    "JSON", "LoadedCheckpoint", "checkpoints", "differences", "find_checkpoint", "flatten_state", "load_checkpoint", "read_facts",
+    "require_exact", "restore_state", "save_checkpoint", "verify_checkpoint",
 ]
 
 FORMAT = 1
@@ -273,6 +273,12 @@ def _latest(run_folder: Path) -> Path | None:
             remedy="restore one from a copy, or start anew in another output_dir",
         )
     return None
+
+
+def read_facts(path: Path) -> dict[str, JSON]:
+    """The facts of a checkpoint that `find_checkpoint` gave, without its tensors."""
+    facts: dict[str, JSON] = _read_json(path / STATE)["facts"]
+    return facts
 
 
 def load_checkpoint(path: Path) -> LoadedCheckpoint:

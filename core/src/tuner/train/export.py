@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from tuner.config.resolve import Settings
 from tuner.config.settings import ModelSettings
 from tuner.errors import CheckpointError, ConfigError
@@ -38,7 +40,7 @@ def read_adapter(registry: Registry, source: Path) -> AdapterState:
     for layout in layouts.values():
         if layout.accepts(path):
             return layout.read(path)
-    raise CheckpointError("the file has none of the known adapter layouts", where=str(path), value=", ".join(layouts))
+    raise CheckpointError("is no adapter in a known layout", where=str(path), remedy=f"layouts that are read: {', '.join(layouts)}")
 
 
 def formats(registry: Registry) -> dict[str, CheckpointFormat]:
@@ -62,7 +64,10 @@ def check_adapter(adapter: AdapterState, headers: Mapping[str, TensorHeader], wh
 
 
 def export(registry: Registry, settings: Settings, source: Path, target: Path | None, layout: str) -> Path:
-    """Writes the adapter found at `source` to `target`; returns the path."""
+    """Writes the adapter found at `source` to `target`, a file or an existing folder; returns the file's path.
+
+    Raises `ConfigError`, `CheckpointError` where it does not fit the model, `DiskError`.
+    """
     adapter = read_adapter(registry, source)
     known = formats(registry)
     family = settings.get(ModelSettings).model_family
@@ -71,18 +76,12 @@ def export(registry: Registry, settings: Settings, source: Path, target: Path | 
         raise ConfigError("no such layout", where="--layout", value=wanted, remedy=f"one of: {', '.join(known)}")
     facts: dict[str, str] = {}
     if family:
-        model = plan_model(registry, settings, _cpu())
+        model = plan_model(registry, settings, torch.device("cpu"))
         check_adapter(adapter, model.source.headers("transformer"), str(source))
         facts = {"base_model": model.source.description, "family": family}
-    base = source.parent if source.is_file() else source
-    path = target or base / f"lora-{wanted}.safetensors"
+    base = target or (source.parent if source.is_file() else source)
+    path = base / f"lora-{wanted}.safetensors" if base.is_dir() else base
     if path.exists() and path.samefile(find_adapter(source)):
         raise ConfigError("the target is the source", where="--output", value=str(path))
     known[wanted].write(path, adapter, facts)
     return path
-
-
-def _cpu():  # type: ignore[no-untyped-def]
-    import torch
-
-    return torch.device("cpu")

@@ -20,7 +20,9 @@ from tuner.interfaces.family import BuildContext, ModelFacts, ModelFamily
 from tuner.interfaces.losses import LossTerm, Regularizer
 from tuner.interfaces.memory import MemoryStrategy
 from tuner.interfaces.services import Loader, WeightSource
-from tuner.train.validate import planned_request, wants_sample
+from tuner.plugins.record import Kind
+from tuner.train.trackers import chosen_trackers
+from tuner.train.validate import adjustments, wants_sample
 
 if TYPE_CHECKING:
     from tuner.plugins.registry import Registry
@@ -64,10 +66,15 @@ class Plan(ModelPlan):
     batches_per_epoch: int
     total_steps: int
     notices: tuple[str, ...]
+    world: int = 1
+    """How many processes train together; each takes batches of its own."""
 
 
-def plan_model(registry: Registry, settings: Settings, device: torch.device, rank: int = 0) -> ModelPlan:
-    """Finds family and weights. Raises `ConfigError`, `CheckpointError`, `HubError`."""
+def plan_model(registry: Registry, settings: Settings, device: torch.device, rank: int = 0, scratch: Path | None = None) -> ModelPlan:
+    """Finds family and weights. Raises `ConfigError`, `CheckpointError`, `HubError`.
+
+    `scratch`: takes what would otherwise be written into the cache.
+    """
     model = settings.get(ModelSettings)
     if not model.model_family:
         names = ", ".join(c.name for c in registry.components("family")) or "none: install one"
@@ -77,14 +84,14 @@ def plan_model(registry: Registry, settings: Settings, device: torch.device, ran
     output = Path(settings.get(RunSettings).output_dir)
     context = BuildContext(device, dtype, settings.get(TrainSettings).seed, rank, output)
     family = component.load()(settings.get(component.options), context)  # type: ignore[operator]
-    source = open_source(registry, family, component.name, settings)
+    source = open_source(registry, family, component.name, settings, scratch)
     return ModelPlan(registry, settings, family, component.name, source, context)
 
 
-def open_source(registry: Registry, family: ModelFamily, name: str, settings: Settings) -> WeightSource:
+def open_source(registry: Registry, family: ModelFamily, name: str, settings: Settings, scratch: Path | None = None) -> WeightSource:
     """Asks the family where the weights lie and the loaders who can read them."""
     model = settings.get(ModelSettings)
-    located = family.locate(model, Path(settings.get(DataSettings).cache_dir))
+    located = family.locate(model, scratch or Path(settings.get(DataSettings).cache_dir))
     loaders: list[Loader] = [component.load()() for component in registry.components("loader")]  # type: ignore[operator]
     fitting = [loader for loader in loaders if name in loader.families]
     for loader in fitting:
@@ -98,11 +105,20 @@ def open_source(registry: Registry, family: ModelFamily, name: str, settings: Se
     )
 
 
-def make_plan(registry: Registry, settings: Settings, device: torch.device, *, report: Report | None = None) -> Plan:
-    """The whole plan of a training run. Reads file headers and probes clips; loads no weights."""
-    model = plan_model(registry, settings, device)
+def make_plan(
+    registry: Registry, settings: Settings, device: torch.device, *,
+    rank: int = 0, world: int = 1, report: Report | None = None, scratch: Path | None = None,
+) -> Plan:  # fmt: skip
+    """The whole plan of a training run. Reads file headers and probes clips; loads no weights.
+
+    `scratch`: for a plan that is only looked at; what would be kept in the cache goes into that folder or nowhere.
+    """
+    model = plan_model(registry, settings, device, rank, scratch)
     data = settings.get(DataSettings)
-    entries, manifest = find_clips(model, report)
+    registry.component("optimizer", settings.get(OptimizerSettings).optimizer).load()
+    chosen_trackers(registry, settings)
+    sample_notices = adjustments(model.family, settings) if wants_sample(settings.get(ValidationSettings)) else ()
+    entries, manifest = find_clips(model, report, remember=scratch is None)
     available = frozenset({"video"} | ({"audio"} if any(item.has_audio for item in manifest.items) else set()))
     streams = model.family.select_streams(available)
     facts = model.family.inspect(model.source, streams)
@@ -113,11 +129,9 @@ def make_plan(registry: Registry, settings: Settings, device: torch.device, *, r
         registry, settings, model.family, model.family_name, model.source, model.context,
         streams=streams, facts=facts, entries=tuple(entries), manifest=manifest, encoders=tuple(encoders),
         regularizers=regularizers, memory_strategies=_enabled(model, "memory_strategy"), loss_terms=_enabled(model, "loss_term"),
-        batches_per_epoch=batches, total_steps=total_steps(settings, batches), notices=(*settings.notices, *manifest.notices),
+        batches_per_epoch=batches, total_steps=total_steps(settings, batches, world),
+        notices=(*settings.notices, *manifest.notices, *sample_notices), world=world,
     )  # fmt: skip
-    registry.component("optimizer", settings.get(OptimizerSettings).optimizer)
-    if wants_sample(settings.get(ValidationSettings)):
-        planned_request(model.family, settings, sound="audio" in streams)
     problems = registry.check_plan(plan)
     if data.strict and plan.notices:
         problems = [*problems, ConfigError("strict is on and something would be adjusted or ignored:\n  " + "\n  ".join(plan.notices))]
@@ -126,7 +140,7 @@ def make_plan(registry: Registry, settings: Settings, device: torch.device, *, r
     return plan
 
 
-def find_clips(model: ModelPlan, report: Report | None) -> tuple[list[DatasetEntry], Manifest]:
+def find_clips(model: ModelPlan, report: Report | None, *, remember: bool = True) -> tuple[list[DatasetEntry], Manifest]:
     """Reads the dataset file and probes every clip."""
     data = model.settings.get(DataSettings)
     if not data.data_backend_config and not data.data:
@@ -134,26 +148,27 @@ def find_clips(model: ModelPlan, report: Report | None) -> tuple[list[DatasetEnt
     placeholders = {"model_family": model.family_name, "output_dir": model.settings.get(RunSettings).output_dir}
     file = Path(data.data_backend_config) if data.data_backend_config else None
     entries = load_datasets(file, Path(data.data) if data.data else None, data, placeholders)
-    return entries, scan(entries, data, model.family.geometry, progress=report)
+    return entries, scan(entries, data, model.family.geometry, progress=report, remember=remember)
 
 
-def total_steps(settings: Settings, batches_per_epoch: int) -> int:
+def total_steps(settings: Settings, batches_per_epoch: int, world: int = 1) -> int:
     """Optimizer steps of the run: `max_train_steps`, or what `num_train_epochs` makes."""
     train = settings.get(TrainSettings)
     if train.max_train_steps:
         return train.max_train_steps
     if not train.num_train_epochs:
         raise ConfigError("the length of the run is not given", where="max_train_steps", remedy="set max_train_steps or num_train_epochs")
-    return math.ceil(train.num_train_epochs * batches_per_epoch / settings.get(OptimizerSettings).gradient_accumulation_steps)
+    batches_per_step = settings.get(OptimizerSettings).gradient_accumulation_steps * world
+    return math.ceil(train.num_train_epochs * batches_per_epoch / batches_per_step)
 
 
 def without_encoders(plan: Plan, manifest: Manifest) -> Plan:
     """The plan over what is left of the dataset after caching."""
     batches = manifest.batches_per_epoch(plan.settings.get(TrainSettings).train_batch_size)
-    return replace(plan, manifest=manifest, batches_per_epoch=batches, total_steps=total_steps(plan.settings, batches))
+    return replace(plan, manifest=manifest, batches_per_epoch=batches, total_steps=total_steps(plan.settings, batches, plan.world))
 
 
-def _enabled(model: ModelPlan, kind: str) -> tuple:  # type: ignore[type-arg]
+def _enabled(model: ModelPlan, kind: Kind) -> tuple:  # type: ignore[type-arg]
     """Components of `kind` that their options switch on, built."""
     chosen = []
     for component in model.registry.components(kind):

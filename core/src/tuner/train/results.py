@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tuner.config.settings import AdapterSettings, ModelSettings
-from tuner.errors import CheckpointError
+from tuner.errors import CheckpointError, DiskError
 from tuner.interfaces.family import ModelFamily
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
 from tuner.model.adapters import adapter_state
@@ -79,8 +80,16 @@ def write_full(plan: Plan, assembly: Assembly, path: Path) -> Path:
         if isinstance(parameter, torch.Tensor)
     }
     temporary = path.with_suffix(".tmp")
-    save_file(weights, temporary, metadata=adapter_facts(plan))
-    temporary.replace(path)
+    try:
+        save_file(weights, temporary, metadata=adapter_facts(plan))
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise DiskError(
+            f"the trained weights cannot be written: {error}", where=str(path),
+            remedy="free some space, then go on with --resume_from_checkpoint latest: the last checkpoint has them",
+        ) from error  # fmt: skip
     return path
 
 

@@ -21,13 +21,13 @@ from tuner.train.checkpoint import (
     find_checkpoint,
     flatten_state,
     load_checkpoint,
+    read_facts,
     require_exact,
     restore_state,
     save_checkpoint,
 )
 from tuner.train.plan import Plan
 from tuner.train.results import write_adapter_files
-from tuner.train.run import RunFolder
 
 HARMLESS = frozenset({
     "output_dir", "cache_dir", "data", "data_backend_config", "strict", "dataloader_prefetch", "vae_batch_size",
@@ -43,35 +43,48 @@ OPEN_ENDED = frozenset({"constant", "constant_with_warmup"})
 class TrainingCheckpoints:
     """Saves and restores an `Assembly`."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, dataset: str, world: int = 1) -> None:
+    def __init__(self, plan: Plan, folder: Path, world: int = 1) -> None:
         self.plan = plan
         self.folder = folder
         self.last: Path | None = None
-        self._exact = exact_facts(plan, dataset, world)
+        self._exact = exact_facts(plan, world)
+        self._found: Path | None = None
 
-    def find(self) -> LoadedCheckpoint | None:
-        """The checkpoint to go on from, verified and compared; None where none was asked for, or none exists yet.
+    def check(self) -> None:
+        """Decides what to go on from, before time is spent on anything: verified, and compared in all but the dataset.
 
         Raises `ConfigError` where a fresh run would mix with an old one, `CheckpointError` where an exact resume is impossible.
         """
         wanted = self.plan.settings.get(RunSettings).resume_from_checkpoint
-        newest = find_checkpoint(self.folder.path, "latest")
+        self._found = find_checkpoint(self.folder, wanted or "latest")
+        if self._found is None:
+            return
         if not wanted:
-            if newest is not None:
-                raise ConfigError(
-                    f"the folder already holds {newest.name} of an earlier run", where=f"output_dir {self.folder.path}",
-                    remedy="add --resume_from_checkpoint latest to go on, or choose another output_dir",
-                )  # fmt: skip
+            raise ConfigError(
+                f"the folder already holds {self._found.name} of an earlier run", where=f"output_dir {self.folder}",
+                remedy="add --resume_from_checkpoint latest to go on, or choose another output_dir",
+            )  # fmt: skip
+        require_exact(self._saved(), self._exact, frozenset({"dataset"}), where=str(self._found))
+
+    def load(self, dataset: str) -> LoadedCheckpoint | None:
+        """The checkpoint that `check` decided on; None: there is none. `dataset`: identity of what is trained on, clips and captions.
+
+        Raises `CheckpointError` where that is not what the checkpoint was trained on.
+        """
+        self._exact["dataset"] = dataset
+        if self._found is None:
             return None
-        path = newest if wanted == "latest" else find_checkpoint(self.folder.path, wanted)
-        if path is None:
-            if wanted == "latest" and not any(self.folder.path.glob("checkpoint-*")):
-                return None
-            raise CheckpointError("no complete checkpoint is there", where="resume_from_checkpoint", value=wanted)
-        loaded = load_checkpoint(path)
-        require_exact(_section(loaded.facts, "exact"), self._exact)
-        self.last = path
-        return loaded
+        if self._saved().get("dataset") != dataset:
+            raise CheckpointError(
+                "the run cannot be continued exactly: clips, captions or their sizes are not those that the checkpoint was trained on",
+                where=str(self._found), remedy="restore the dataset as it was, or start anew in another output_dir",
+            )  # fmt: skip
+        self.last = self._found
+        return load_checkpoint(self._found)
+
+    def _saved(self) -> Mapping[str, object]:
+        exact = read_facts(self._found).get("exact") if self._found else None
+        return exact if isinstance(exact, Mapping) else {}
 
     def restore(self, loaded: LoadedCheckpoint, assembly: Assembly) -> int:
         """Brings everything to the state after step `loaded.step`; returns that number."""
@@ -102,13 +115,13 @@ class TrainingCheckpoints:
             write_adapter_files(self.plan, assembly, folder, formats=("peft",))
 
         self.last = save_checkpoint(
-            self.folder.path, step, {k: v for k, v in parts.items() if v}, facts, keep=run.checkpoints_total_limit, extra=extra
+            self.folder, step, {k: v for k, v in parts.items() if v}, facts, keep=run.checkpoints_total_limit, extra=extra
         )
         return self.last
 
 
-def exact_facts(plan: Plan, dataset: str, world: int) -> dict[str, object]:
-    """Everything that decides the numbers of a step."""
+def exact_facts(plan: Plan, world: int) -> dict[str, object]:
+    """Everything that decides the numbers of a step, but for the dataset, which is known after caching."""
     settings = plan.settings
     values = {key: entry["value"] for key, entry in settings.resolved().items() if decides(key)}
     if settings.get(OptimizerSettings).lr_scheduler in OPEN_ENDED:
@@ -117,7 +130,6 @@ def exact_facts(plan: Plan, dataset: str, world: int) -> dict[str, object]:
     versions |= {p.name: p.version for p in plan.registry.plugins if p.status == "loaded"}
     return {
         "settings": values,
-        "dataset": dataset,
         "model": plan.source.fingerprint("transformer"),
         "streams": list(plan.streams),
         "versions": versions,
@@ -129,10 +141,5 @@ def exact_facts(plan: Plan, dataset: str, world: int) -> dict[str, object]:
 def decides(key: str) -> bool:
     """Whether a key can change the numbers of a step."""
     return key not in HARMLESS and not key.startswith(("validation_", "push_to_hub", "hub_", "evaluation_", "eval_"))
-
-
-def _section(facts: Mapping[str, object], name: str) -> Mapping[str, object]:
-    section = facts.get(name, {})
-    return section if isinstance(section, Mapping) else {}
 
 

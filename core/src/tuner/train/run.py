@@ -102,7 +102,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DiskError(f"the run folder cannot be made: {error.strerror}", where=f"output_dir {path}") from error
+            raise DiskError(
+                f"the run folder cannot be made: {error.strerror}", where=f"output_dir {path}", remedy="set another output_dir"
+            ) from error
 
     def write_run(self, info: RunInfo, device: str = "") -> None:
         """run.json. `device`: its name; found out when empty, which imports torch."""

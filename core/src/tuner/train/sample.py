@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from tuner.plugins.registry import Registry
 from tuner.train.export import check_adapter, read_adapter
 from tuner.train.plan import ModelPlan, plan_model
 from tuner.train.results import load_full
-from tuner.train.validate import default_device, planned_request, write_sample
+from tuner.train.validate import adjustments, check_target, default_device, planned_request, write_sample
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Trained:
 
 
 def sample(registry: Registry, settings: Settings, prompt: str, target: Path, trained: Trained, no_sound: bool) -> Path:
-    """Generates one clip and writes it to `target`."""
+    """Generates one clip and writes it to `target`. Raises `ConfigError` where that is no place for one, before anything is loaded."""
+    check_target(target)
     return write_sample(generate(registry, settings, prompt, trained, no_sound), target)
 
 
@@ -53,6 +57,8 @@ def _request(plan: ModelPlan, prompt: str, *, sound: bool) -> SampleRequest:
     validation = plan.settings.get(ValidationSettings)
     if not (prompt or validation.validation_prompt):
         raise ConfigError("nothing to generate", where="--prompt", remedy='add --prompt "..."')
+    for notice in adjustments(plan.family, plan.settings):
+        log.info(notice)
     request = planned_request(plan.family, plan.settings, sound=sound)
     return replace(request, prompt=prompt or request.prompt)
 

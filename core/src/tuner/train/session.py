@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import torch
@@ -14,8 +16,10 @@ from accelerate import Accelerator
 from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings, TrainSettings, ValidationSettings
 from tuner.data.dataset import TrainingSet
-from tuner.errors import OutOfMemoryError, TunerError
+from tuner.data.manifest import require_usable
+from tuner.errors import DiskError, EnvironmentProblem, OutOfMemoryError, TunerError
 from tuner.plugins.registry import Registry
+from tuner.train.agreement import Ranks
 from tuner.train.assemble import Assembly, assemble
 from tuner.train.caching import CacheSummary, fill_cache
 from tuner.train.lock import FolderLock
@@ -25,6 +29,7 @@ from tuner.train.results import write_results
 from tuner.train.resume import TrainingCheckpoints
 from tuner.train.run import RunFolder, RunInfo, now
 from tuner.train.signals import StopRequests
+from tuner.train.trackers import Trackers
 from tuner.train.validate import sample_at_end, wants_sample
 
 
@@ -47,6 +52,25 @@ class Interface(Protocol):
         """The last word: which files there are."""
 
 
+class Silence:
+    """The interface of every rank but the first."""
+
+    def plan(self, plan: Plan) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def caching(self, done: int, total: int, label: str) -> None:
+        """Nothing."""
+
+    def training(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def finished(self, outcome: Outcome) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended. `exit_code`: 0, or 130/143 where a signal stopped it after saving."""
@@ -61,27 +85,28 @@ class Outcome:
 
 @dataclass
 class Session:
-    """Runs one training from plan to end."""
+    """Runs one training from plan to end, in one process or as one of several."""
 
     registry: Registry
     plan: Plan
     interface: Interface
-    accelerator: Accelerator
+    ranks: Ranks
 
     def run(self) -> Outcome:
         """Raises `TunerError`; whatever was saved before stays."""
-        folder = RunFolder(self.plan.context.output_dir)
+        folder = self.ranks.together(lambda: RunFolder(self.plan.context.output_dir))
         with ExitStack() as stack:
-            if self.accelerator.is_main_process:
-                stack.enter_context(FolderLock(folder.path))
+            self.ranks.together(lambda: stack.enter_context(FolderLock(folder.path)) if self.ranks.main else None)
+            checkpoints = TrainingCheckpoints(self.plan, folder.path, self.ranks.world)
+            self.ranks.together(checkpoints.check)
             try:
-                outcome = self._run(folder, stack)
-            except torch.OutOfMemoryError as error:
-                raise OutOfMemoryError(
-                    f"the device ran out of memory: {str(error).splitlines()[0]}",
-                    remedy="lower train_batch_size or resolution, or switch gradient_checkpointing on",
-                ) from error
-            self.registry.run_finished(self.info(folder), "stopped" if outcome.exit_code else "finished")
+                with _memory_errors():
+                    outcome = self._run(folder, checkpoints, stack)
+            except BaseException as error:
+                self._failed(folder, error)
+                raise
+            if self.ranks.main:
+                self.registry.run_finished(self.info(folder), "stopped" if outcome.exit_code else "finished")
             return outcome
 
     def info(self, folder: RunFolder) -> RunInfo:
@@ -90,34 +115,50 @@ class Session:
         plugins = tuple((p.distribution or p.name, p.version) for p in self.registry.plugins if p.status == "loaded")
         return RunInfo(folder.path, self.plan.family_name, self.plan.facts.variant.name, values, plugins, now())
 
-    def _run(self, folder: RunFolder, stack: ExitStack) -> Outcome:
-        main = self.accelerator.is_main_process
-        if main:
+    def _failed(self, folder: RunFolder, error: BaseException) -> None:
+        """Leaves word of the failure, as far as the disk allows."""
+        if not self.ranks.main:
+            return
+        with suppress(DiskError):
+            folder.event("failed", error=type(error).__name__, reason=error.message if isinstance(error, TunerError) else str(error))
+        self.registry.run_finished(self.info(folder), "failed")
+
+    def _run(self, folder: RunFolder, checkpoints: TrainingCheckpoints, stack: ExitStack) -> Outcome:
+        if self.ranks.main:
             folder.write_run(self.info(folder), str(self.plan.context.device))
             folder.write_config(self.plan.settings.resolved())
             folder.event("started", total_steps=self.plan.total_steps, notices=list(self.plan.notices))
         summary = self._cache(folder)
         dataset = self._dataset(summary)
-        checkpoints = TrainingCheckpoints(self.plan, folder, dataset.digest())
-        found = checkpoints.find()
+        found = self.ranks.together(lambda: checkpoints.load(dataset.digest()))
         self.interface.note("loading the model")
-        assembly = assemble(self.plan, self.plan.context.device)
+        assembly = self.ranks.together(lambda: assemble(self.plan, self.plan.context.device))
         stack.callback(assembly.detach)
-        start = checkpoints.restore(found, assembly) if found else 0
+        start = self.ranks.together(lambda: checkpoints.restore(found, assembly)) if found else 0
         self.interface.note(f"going on after step {start}" if found else "starting at step 0")
-        if main:
+        if self.ranks.main:
             folder.drop_metrics_after(start)
             folder.event("training", from_step=start)
-        stops = stack.enter_context(StopRequests(notify=self.interface.note))
-        loop = self._loop(folder, assembly, dataset, checkpoints, stops, start)
+        stops = stack.enter_context(StopRequests(self.interface.note, self.ranks.most if self.ranks.world > 1 else None))
+        loop = self._loop(folder, assembly, dataset, checkpoints, stops, start, self._trackers(folder, stack))
         step = loop.run() if start < self.plan.total_steps else start
         return self._conclude(folder, assembly, checkpoints, step, stops.stop, summary)
 
+    def _trackers(self, folder: RunFolder, stack: ExitStack) -> Trackers:
+        """Those of `report_to`, on the first rank; closed at the end, however that comes."""
+
+        def note(text: str) -> None:
+            folder.event("tracker", note=text)
+            self.interface.note(text)
+
+        trackers = Trackers.of(self.registry, self.plan.settings, folder.path, note) if self.ranks.main else Trackers((), note)
+        stack.callback(trackers.close)
+        return trackers
+
     def _cache(self, folder: RunFolder) -> CacheSummary:
         """Encodes what is missing; on several ranks the first one does it, the others wait and read."""
-        with self.accelerator.main_process_first():
-            summary = encode_dataset(self.plan, self.interface)
-        if self.accelerator.is_main_process:
+        summary = self.ranks.main_first(lambda: encode_dataset(self.plan, self.interface))
+        if self.ranks.main:
             folder.event("cached", **summary.facts())
         self.plan = without_encoders(self.plan, summary.manifest)
         return summary
@@ -127,35 +168,37 @@ class Session:
         return TrainingSet(summary.manifest, self.plan.encoders, train.train_batch_size, train.seed, train.caption_dropout_probability)
 
     def _loop(
-        self, folder: RunFolder, assembly: Assembly, dataset: TrainingSet, checkpoints: TrainingCheckpoints, stops: StopRequests, start: int
-    ) -> Loop:
-        total, main = self.plan.total_steps, self.accelerator.is_main_process
+        self, folder: RunFolder, assembly: Assembly, dataset: TrainingSet, checkpoints: TrainingCheckpoints, stops: StopRequests,
+        start: int, trackers: Trackers,
+    ) -> Loop:  # fmt: skip
+        total = self.plan.total_steps
 
         def on_metrics(step: int, row: Mapping[str, float]) -> None:
-            if main:
+            if self.ranks.main:
                 folder.metrics(step, {k: v for k, v in row.items() if k not in ("seconds", "samples")})
                 folder.heartbeat(step, total, "training")
+                trackers.log(step, row)
                 self.interface.training(step, total, row)
 
-        def save(step: int) -> None:
-            if main:
+        def write(step: int) -> None:
+            if self.ranks.main:
                 path = checkpoints.save(step, assembly)
                 folder.event("checkpoint", step=step, path=path.name)
                 self.interface.note(f"saved {path}")
                 self.registry.checkpoint_saved(self.info(folder), path, step)
-            self.accelerator.wait_for_everyone()
 
-        return Loop(
-            self.plan, assembly, dataset, on_metrics, save, stops, start,
-            self.accelerator.process_index, self.accelerator.num_processes,
-        )  # fmt: skip
+        def save(step: int) -> None:
+            self.ranks.together(lambda: write(step))
+            stops.agree()
+
+        return Loop(self.plan, assembly, dataset, on_metrics, save, stops, start, self.ranks.rank, self.ranks.world)
 
     def _conclude(
         self, folder: RunFolder, assembly: Assembly, checkpoints: TrainingCheckpoints, step: int, stopped: int, summary: CacheSummary
     ) -> Outcome:
         files: tuple[Path, ...] = ()
         sample = None
-        if self.accelerator.is_main_process:
+        if self.ranks.main:
             if not stopped:
                 files = write_results(self.plan, assembly, folder.path)
                 sample = self._sample(folder, assembly)
@@ -177,33 +220,74 @@ class Session:
 
 
 def train(registry: Registry, settings: Settings, interface: Interface, *, dry_run: bool = False) -> Outcome:
-    """`tuner train`: plans, and unless `dry_run` trains."""
-    accelerator = Accelerator()
-    plan = make_plan(registry, settings, accelerator.device, report=interface.caching)
-    interface.plan(plan)
-    if dry_run:
-        return Outcome(0, 0, None, (), None)
-    outcome = Session(registry, plan, interface, accelerator).run()
+    """`tuner train`: plans, and unless `dry_run` trains. A dry run writes nothing."""
+    device, ranks = _start()
+    interface = interface if ranks.main else Silence()
+    with TemporaryDirectory() if dry_run else nullcontext() as scratch:
+        plan = _plan(registry, settings, interface, device, ranks, Path(scratch) if scratch else None)
+        if dry_run:
+            TrainingCheckpoints(plan, plan.context.output_dir, ranks.world).check()
+            return Outcome(0, 0, None, (), None)
+    outcome = Session(registry, plan, interface, ranks).run()
     interface.finished(outcome)
     return outcome
 
 
 def cache(registry: Registry, settings: Settings, interface: Interface) -> CacheSummary:
     """`tuner cache`: plans and encodes, and loads no transformer."""
-    accelerator = Accelerator()
-    plan = make_plan(registry, settings, accelerator.device, report=interface.caching)
+    device, ranks = _start()
+    interface = interface if ranks.main else Silence()
+    plan = _plan(registry, settings, interface, device, ranks)
+    return ranks.main_first(lambda: encode_dataset(plan, interface))
+
+
+def _start() -> tuple[torch.device, Ranks]:
+    """This process's device, and its place among the processes that `torchrun` or `accelerate launch` started.
+
+    Raises `EnvironmentProblem` where they do not find each other: each would train a model of its own.
+    """
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())  # without a device it joins processes only when told so
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started != accelerator.num_processes:
+        raise EnvironmentProblem(
+            f"{started} processes were started, but this one sees {accelerator.num_processes}", where="WORLD_SIZE",
+            remedy="start them with `torchrun --nproc_per_node N -m tuner.cli.main train ...`",
+        )  # fmt: skip
+    return accelerator.device, Ranks(accelerator.process_index, accelerator.num_processes)
+
+
+def _plan(
+    registry: Registry, settings: Settings, interface: Interface, device: torch.device, ranks: Ranks, scratch: Path | None = None
+) -> Plan:
+    """The plan, made by the first rank, then by the others, which find its files; shown once."""
+    plan = ranks.main_first(
+        lambda: make_plan(registry, settings, device, rank=ranks.rank, world=ranks.world, report=interface.caching, scratch=scratch)
+    )
     interface.plan(plan)
-    return encode_dataset(plan, interface)
+    return plan
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A device that is full as an error with remedies."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"the device ran out of memory: {str(error).splitlines()[0]}",
+            remedy="lower train_batch_size or resolution, or switch gradient_checkpointing on",
+        ) from error
 
 
 def encode_dataset(plan: Plan, interface: Interface) -> CacheSummary:
-    """Fills the cache and says what was done."""
+    """Fills the cache and says what was done. Raises `DataError` where `strict` is on and a clip failed."""
     data, train_settings = plan.settings.get(DataSettings), plan.settings.get(TrainSettings)
     summary = fill_cache(
         plan.manifest, plan.encoders, plan.context.device, batch_size=data.vae_batch_size,
         with_empty_caption=train_settings.caption_dropout_probability > 0, report=interface.caching,
     )  # fmt: skip
     interface.note(summary.describe())
+    require_usable(summary.manifest, strict=data.strict)
     return summary
 
 

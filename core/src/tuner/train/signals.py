@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 
 EXIT_INTERRUPTED = 130
@@ -20,20 +20,38 @@ class StopRequests:
     one after that meets the system's own handler, which needs no Python to run. `checkpoint_now`: SIGUSR1 arrived.
     `notify` is told in words what happens, at once, since a step may take long. Python allows handlers in the main thread
     only; in any other thread this does nothing.
+
+    `most`: for a run of several processes, gives the largest of each value over all of them. Requests then count from the next `agree`
+    on, which all processes call after the same step; so none stops while another waits for its gradients.
     """
 
-    def __init__(self, notify: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, notify: Callable[[str], None] | None = None, most: Callable[[Sequence[int]], Sequence[int]] | None = None
+    ) -> None:
         self.stop = 0
         self.checkpoint_now = False
         self._notify = notify
+        self._most = most
+        self._asked = 0
+        self._asked_checkpoint = False
         self._seen: set[int] = set()
         self._former: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def take_checkpoint_request(self) -> bool:
         """Whether a checkpoint was asked for since the last call; clears the request."""
+        self.agree()
         requested = self.checkpoint_now
         self.checkpoint_now = False
         return requested
+
+    def agree(self) -> None:
+        """Makes the requests of every process those of all. Does nothing for a single process."""
+        if self._most is None:
+            return
+        asked, checkpoint = self._most([self._asked, int(self._asked_checkpoint)])
+        self.stop = self.stop or asked
+        self._asked_checkpoint = False
+        self.checkpoint_now = self.checkpoint_now or bool(checkpoint)
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
@@ -55,11 +73,15 @@ class StopRequests:
                 raise KeyboardInterrupt
             raise SystemExit(EXIT_TERMINATED)
         self._seen.add(number)
-        self.stop = self.stop or _EXIT_CODES[signal.Signals(number)]
+        self._asked = self._asked or _EXIT_CODES[signal.Signals(number)]
+        if self._most is None:
+            self.stop = self._asked
         self._tell(f"{signal.Signals(number).name}: finishing this step, then saving; send it again to exit now without saving")
 
     def _on_checkpoint(self, number: int, frame: FrameType | None) -> None:
-        self.checkpoint_now = True
+        self._asked_checkpoint = True
+        if self._most is None:
+            self.checkpoint_now = True
         self._tell("SIGUSR1: saving a checkpoint after this step")
 
     def _tell(self, text: str) -> None:

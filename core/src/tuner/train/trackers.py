@@ -26,7 +26,10 @@ Row = tuple[int, Mapping[str, float]]
 
 
 def chosen_trackers(registry: Registry, settings: Settings) -> list[Component]:
-    """The trackers that `report_to` names, each once. Raises `ConfigError` for an unknown one, `PluginError` for one that cannot be imported."""
+    """The trackers that `report_to` names, each once, imported.
+
+    Raises `ConfigError` for an unknown one, `PluginError` for one that cannot be imported.
+    """
     words = [word.strip() for word in settings.get(RunSettings).report_to.split(",")]
     names = dict.fromkeys(word for word in words if word)
     if list(names) == ["none"]:

@@ -60,6 +60,29 @@ def planned_request(family: ModelFamily, settings: Settings, *, sound: bool) -> 
     return request
 
 
+def adjustments(family: ModelFamily, settings: Settings) -> tuple[str, ...]:
+    """What `planned_request` changes to a size that the family can make, in words."""
+    asked = settings.get(ValidationSettings)
+    width, height = parse_resolution(asked.validation_resolution)
+    request = planned_request(family, settings, sound=False)
+    frames = asked.validation_num_video_frames
+    changed = []
+    if (width, height) != (request.width, request.height):
+        step = family.geometry.size_step
+        changed.append(f"validation_resolution: {width}x{height} -> {request.width}x{request.height} (sides are multiples of {step})")
+    if frames != request.frames:
+        changed.append(f"validation_num_video_frames: {frames} -> {request.frames} (valid counts are 1 + k·{family.geometry.frame_step})")
+    return tuple(changed)
+
+
+def check_target(target: Path) -> None:
+    """Raises `ConfigError` for a place that no clip can be written to, before time is spent on making it."""
+    if target.is_dir():
+        raise ConfigError("is a folder", where="--output", value=str(target), remedy="name the file to write, for example sample.mp4")
+    if target.suffix.lower() != ".mp4":
+        raise ConfigError("clips are written as .mp4", where="--output", value=str(target), remedy="let the name end in .mp4")
+
+
 def wants_sample(settings: ValidationSettings) -> bool:
     """Whether the run ends with a sample."""
     return bool(settings.validation_prompt) and not settings.validation_disable

@@ -28,7 +28,7 @@ from tuner_ltxvideo2.variants import DEFAULT_FLAVOUR, FLAVOURS, Flavour
 
 T = TypeVar("T")
 _WHERE: Final = "pretrained_model_name_or_path"
-_NETWORK_ERRORS: Final = (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError, *HfHubHTTPError.__bases__)
+_NETWORK_ERRORS: tuple[type[Exception], ...] = (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError, *HfHubHTTPError.__bases__)
 """Whatever HTTP library the hub's client uses, the errors of a connection descend from a base of `HfHubHTTPError`."""
 _TINY: Final = {"tiny": "2.0", "tiny-2.3": "2.3"}
 

@@ -9,21 +9,19 @@ Dimensions: r rank.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from tuner.errors import CheckpointError, DiskError
+from tuner.errors import CheckpointError
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
+from tuner.tensor_files import write_tensors
 from tuner_ltxvideo2 import keys
 
 ORIGINAL = "diffusion_model."
@@ -55,7 +53,7 @@ class UniversalFormat(CheckpointFormat):
             "format": "pt", "rank": str(adapter.rank), "alpha": f"{adapter.alpha:g}", "alpha_folded": "true",
             "targets": json.dumps(sorted(adapter.targets)),
         }  # fmt: skip
-        _write_whole(path, tensors, {**facts, **own})
+        write_tensors(path, tensors, {**facts, **own}, what="the adapter")
 
     def accepts(self, path: Path) -> bool:
         """Whether every key is of an adapter in one of the three spellings."""
@@ -114,20 +112,6 @@ def _check_pairs(adapter: AdapterState) -> None:
 def _folded(up: Tensor, scale: float) -> Tensor:
     """B times the adapter's scale; untouched when that is 1."""
     return up.contiguous() if scale == 1 else (up.float() * scale).to(up.dtype).contiguous()
-
-
-def _write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial, metadata=dict(metadata))
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise DiskError(f"the adapter could not be written: {error}", where=str(path)) from error
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
