@@ -158,8 +158,12 @@ def test_an_adapter_of_another_model_is_refused_by_name(
 ) -> None:
     path = edited(trained, tmp_path / "other.safetensors", edit)
     config = trained.folder / "config.json"
-    for command in (("export", path), ("sample", "--lora", path, "--prompt", "a pattern")):
-        assert trained.tuner(*command, "--config", config, "-o", tmp_path / "made") == 6
+    small = ("--validation_resolution", "64x64", "--validation_num_video_frames", 9)
+    for command in (
+        ("export", path, "-o", tmp_path / "made.safetensors"),
+        ("sample", "--lora", path, "--prompt", "a pattern", *small, "-o", tmp_path / "made.mp4"),
+    ):
+        assert trained.tuner(*command, "--config", config) == 6
         error = capsys.readouterr().err
         assert named in error and "other.safetensors" in error and "Traceback" not in error
     assert [left.name for left in tmp_path.iterdir()] == ["other.safetensors"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -328,9 +329,10 @@ def test_the_newest_file_of_a_flavour_is_fetched(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_an_unreachable_hub_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError, HfHubHTTPError.__bases__[0]], ids=["system", "http"])
+def test_an_unreachable_hub_is_told_in_words(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> list[str]:
-        raise OSError("no route")
+        raise error("no route")
 
     monkeypatch.setattr(_Listing, "list_repo_files", offline)
     monkeypatch.setattr(hub, "HfApi", _Listing)
