@@ -103,17 +103,9 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("length", f"{plan.total_steps} steps of {optimizer.gradient_accumulation_steps} x {train.train_batch_size} clips"
                    f"{f' on each of {plan.world} devices' if plan.world > 1 else ''}, {plan.batches_per_epoch} batches an epoch"),
         ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}"),
-        ("device", describe_device(plan)),
+        ("device", f"{plan.context.device}, {str(plan.context.dtype).removeprefix('torch.')}"),
         ("output", str(plan.context.output_dir)),
     ]  # fmt: skip
-
-
-def describe_device(plan: Plan) -> str:
-    """Device and precision, with a word on a pair that looks like a hang."""
-    dtype = str(plan.context.dtype).removeprefix("torch.")
-    slow = plan.context.device.type == "cpu" and dtype == "bfloat16"
-    hint = " (a CPU takes minutes for a convolution in bf16: add --mixed_precision no)" if slow else ""
-    return f"{plan.context.device}, {dtype}{hint}"
 
 
 def describe_training(plan: Plan) -> str:

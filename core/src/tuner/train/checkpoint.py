@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tuner.errors import CheckpointError, DiskError
+from tuner.tensor_files import share
 from tuner.train.exact import differences, require_exact
 from tuner.train.state import JSON, flatten_state, restore_state
 
@@ -115,6 +116,7 @@ def _write(temporary: Path, parts: Mapping[str, Mapping[str, Tensor]], state: st
 def _write_part(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(_storable(tensors), path)
+        share(path)
     except SafetensorError as error:
         # the Rust side reports a failed write by text only
         number = re.search(r"os error (\d+)", str(error))

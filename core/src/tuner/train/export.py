@@ -14,7 +14,7 @@ from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHead
 from tuner.plugins.registry import Registry
 from tuner.train.checkpoint import find_checkpoint
 from tuner.train.plan import plan_model
-from tuner.train.results import FILE_NAMES, file_name
+from tuner.train.results import FILE_NAMES, OWN_NAME
 
 
 def find_adapter(source: Path) -> Path:
@@ -23,7 +23,7 @@ def find_adapter(source: Path) -> Path:
         return source
     if not source.is_dir():
         raise CheckpointError("there is no such run, checkpoint or file", where=str(source))
-    names = [file_name(""), *FILE_NAMES.values()]
+    names = [OWN_NAME, *FILE_NAMES.values()]
     newest = find_checkpoint(source, "latest")
     for folder in [source, *([newest] if newest else [])]:
         for name in names:

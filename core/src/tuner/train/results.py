@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from tuner.config.settings import AdapterSettings, ModelSettings
-from tuner.errors import CheckpointError, DiskError
+from tuner.errors import CheckpointError
 from tuner.interfaces.family import ModelFamily
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
-from tuner.model.adapters import adapter_state
+from tuner.model.adapters import adapter_alpha, adapter_state
+from tuner.tensor_files import write_tensors
 from tuner.train.assemble import Assembly
 from tuner.train.plan import Plan
 
+OWN_NAME = "lora.safetensors"
+"""The adapter in the family's own layout."""
 FILE_NAMES = {"peft": "pytorch_lora_weights.safetensors"}
-"""The name diffusers looks for; other layouts are `lora.<layout>.safetensors`... see `file_name`."""
-
+"""Layouts with a name that other programs look for."""
 FULL_NAME = "transformer.safetensors"
 """What full fine-tuning leaves in the run folder."""
 NAMED = 8
 """How many names an error lists before it only counts."""
 
 
-def file_name(layout: str) -> str:
-    """Of an adapter file in `layout`."""
-    return FILE_NAMES.get(layout, "lora.safetensors")
+def file_name(layout: str, own: bool) -> str:
+    """Of an adapter file in `layout`; `own`: the first layout that belongs to the family."""
+    return FILE_NAMES.get(layout) or (OWN_NAME if own else f"lora.{layout}.safetensors")
 
 
 def write_results(plan: Plan, assembly: Assembly, folder: Path) -> tuple[Path, ...]:
@@ -51,18 +52,20 @@ def write_adapter_files(plan: Plan, assembly: Assembly, folder: Path, formats: S
         fits = not layout.families or plan.family_name in layout.families
         if fits and (formats is None or component.name in formats):
             found.append((not layout.families, component.name, layout))
-    written = []
-    for _, name, layout in sorted(found, key=lambda entry: entry[:2]):
-        path = folder / file_name(name)
+    written: list[Path] = []
+    for foreign, name, layout in sorted(found, key=lambda entry: entry[:2]):
+        path = folder / file_name(name, own=not foreign and not written)
         layout.write(path, adapter, adapter_facts(plan))
         written.append(path)
     return tuple(written)
 
 
 def trained_adapter(plan: Plan, assembly: Assembly) -> AdapterState:
-    """The adapter with the masters' precision."""
+    """The adapter as the model computes with it, in the run's dtype."""
     settings = plan.settings.get(AdapterSettings)
-    return adapter_state(assembly.training.model, settings.lora_rank, settings.lora_alpha or float(settings.lora_rank))
+    state = adapter_state(assembly.training.model, settings.lora_rank, adapter_alpha(settings))
+    dtype = plan.context.dtype
+    return replace(state, weights={name: (a.to(dtype), b.to(dtype)) for name, (a, b) in state.weights.items()})
 
 
 def adapter_facts(plan: Plan) -> dict[str, str]:
@@ -71,7 +74,7 @@ def adapter_facts(plan: Plan) -> dict[str, str]:
 
 
 def write_full(plan: Plan, assembly: Assembly, path: Path) -> Path:
-    """All trained weights under the published checkpoint's names, in the run's dtype, with the checkpoint's own metadata."""
+    """All trained weights under the published checkpoint's names, in the run's dtype; raises `DiskError`."""
     assembly.session.materialize()
     dtype = plan.context.dtype
     weights = {
@@ -79,17 +82,10 @@ def write_full(plan: Plan, assembly: Assembly, path: Path) -> Path:
         for name, parameter in assembly.training.model.state_dict().items()
         if isinstance(parameter, torch.Tensor)
     }
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(weights, temporary, metadata=adapter_facts(plan))
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise DiskError(
-            f"the trained weights cannot be written: {error}", where=str(path),
-            remedy="free some space, then go on with --resume_from_checkpoint latest: the last checkpoint has them",
-        ) from error  # fmt: skip
+    write_tensors(
+        path, weights, adapter_facts(plan), what="the trained model",
+        remedy="free some space, then go on with --resume_from_checkpoint latest: the last checkpoint has them",
+    )  # fmt: skip
     return path
 
 

@@ -83,13 +83,17 @@ class LTX2Family(ModelFamily):
         )
 
     def encoders(self, source: WeightSource, streams: Sequence[str]) -> Sequence[LatentEncoder]:
-        variant, dtype = variant_of(source), self.context.dtype
-        wanted: list[LatentEncoder] = [TextEncoder(source, variant, dtype, self.text_encoder)]
+        variant = variant_of(source)
+        wanted: list[LatentEncoder] = [TextEncoder(source, variant, self.context.dtype, self.text_encoder)]
         if "video" in streams:
-            wanted.append(VideoLatentEncoder(source, variant, dtype, self.options))
+            wanted.append(VideoLatentEncoder(source, variant, self._convolution_dtype(), self.options))
         if "audio" in streams:
-            wanted.append(AudioLatentEncoder(source, variant, dtype))
+            wanted.append(AudioLatentEncoder(source, variant, self._convolution_dtype()))
         return wanted
+
+    def _convolution_dtype(self) -> torch.dtype:
+        """Of the VAEs and the vocoder: the run's, but float32 on a CPU, whose bfloat16 convolutions take minutes a clip."""
+        return torch.float32 if self.context.device.type == "cpu" else self.context.dtype
 
     def select_streams(self, available: frozenset[str]) -> tuple[str, ...]:
         """Sound is left out where `train_audio` is off or no clip has any."""
@@ -167,7 +171,7 @@ class LTX2Family(ModelFamily):
                 latents.append(sampling.denoise(predict, request, prompt, noise, grids, self.token_shift, device))
         finally:
             model.train(was_training)
-        decoders = VideoDecoder(source, variant, dtype), AudioDecoder(source, variant, dtype)
+        decoders = VideoDecoder(source, variant, self._convolution_dtype()), AudioDecoder(source, variant, self._convolution_dtype())
         return sampling.decode(requests, latents, *decoders, device)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuner.errors import CheckpointError
-from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
+from tuner.interfaces.services import AdapterState, CheckpointFormat
 from tuner.tensor_files import write_tensors
 from tuner_ltxvideo2 import keys
 
@@ -80,21 +80,6 @@ class UniversalFormat(CheckpointFormat):
         rank = max(down.shape[0] for down, _ in pairs.values())
         weights = {module: _padded(pair, rank) for module, pair in pairs.items()}
         return AdapterState(weights, rank=rank, alpha=float(rank), targets=tuple(sorted(weights)))
-
-
-def check_adapter(adapter: AdapterState, headers: Mapping[str, TensorHeader]) -> None:
-    """Compares an adapter with a model: each module must be a linear layer of `headers` (parameter name -> header), shapes fitting.
-
-    Raises `CheckpointError` that names what does not fit.
-    """
-    problems: list[str] = []
-    for module, (down, up) in adapter.weights.items():
-        header = headers.get(module + ".weight")
-        if header is None or len(header.shape) != 2:
-            problems.append(f"{module}: no linear layer of this model")
-        elif (up.shape[0], down.shape[1]) != header.shape:
-            problems.append(f"{module}: {up.shape[0]}x{down.shape[1]} for a layer of {header.shape[0]}x{header.shape[1]}")
-    _raise_for(problems, "adapter", "use the adapter with the model it was trained on")
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
