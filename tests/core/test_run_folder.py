@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuner.config.masking import MASK, is_secret, masked
 from tuner.errors import DiskError
-from tuner.train.run import MASK, RunFolder, RunInfo, is_secret, masked
+from tuner.train.run import RunFolder, RunInfo
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ class Settings:
     def resolved(self) -> dict[str, dict[str, object]]:
         """Key -> value and origin, as JSON can hold them; values of secret keys are masked."""
         dumped = {name: value for model in self._models.values() for name, value in model.model_dump(mode="json").items()}
-        return {name: {"value": masked(name, dumped[name]), "origin": self.origin(name)} for name in self._vocabulary.keys}
+        return {name: {"value": masked(dumped[name], name), "origin": self.origin(name)} for name in self._vocabulary.keys}
 
     def _key(self, name: str) -> Key:
         found = self._vocabulary.find(name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tuner.config.masking import is_secret
 from tuner.errors import CheckpointError
-from tuner.train.run import is_secret
 
 _ABSENT = object()
 

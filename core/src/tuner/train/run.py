@@ -16,19 +16,13 @@ import json
 import math
 import os
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from tuner.config.masking import masked
 from tuner.errors import DiskError
-
-MASK = "***"
-_SECRET_WORD = re.compile(r"(token|secret|password|passwd|passphrase|credentials?)$")
-_SECRET_PHRASE = re.compile(r"(api|access|private)_?key")
-_SECRET_TEXT = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{20,}\b")
-"""Credentials inside a URL, and hub tokens wherever they stand."""
 
 
 @dataclass(frozen=True)
@@ -49,40 +43,6 @@ class RunInfo:
 def now() -> str:
     """The time in UTC, ISO 8601, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def is_secret(key: str) -> bool:
-    """Whether a key's name says that its value must not be shown: `hub_token`, `api_key`, `db.password`; not `tokenizer` or `tokens`."""
-    words = re.split(r"[^a-z0-9]+", key.lower())
-    return any(_SECRET_WORD.search(word) for word in words) or bool(_SECRET_PHRASE.search("_".join(words)))
-
-
-def masked(value: object, key: str = "") -> object:
-    """`value` ready for JSON: secrets as `***`, NaN and infinities as null, paths as text, tuples and sets as lists.
-
-    A secret that is empty or a switch stays as it is. Raises TypeError for what JSON cannot hold.
-    """
-    if isinstance(value, Mapping):
-        return {str(name): masked(inner, f"{key}.{name}") for name, inner in value.items()}
-    if isinstance(value, set | frozenset):
-        return [masked(inner, key) for inner in sorted(value)]
-    if isinstance(value, list | tuple):
-        return [masked(inner, key) for inner in value]
-    if value is None or isinstance(value, bool) or value == "":
-        return value
-    if is_secret(key):
-        return MASK
-    return _plain(value)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, str | Path):
-        return _SECRET_TEXT.sub(MASK, str(value))
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def describe_device() -> str:
