@@ -89,6 +89,8 @@ class Terminal:
 
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """Label and text of each line of the plan."""
+    from tuner.train.plan import memory_facts  # torch
+
     settings, facts, manifest = plan.settings, plan.facts, plan.manifest
     optimizer, train = settings.get(OptimizerSettings), settings.get(TrainSettings)
     buckets = ", ".join(f"{b.width}x{b.height}x{b.frames} ({n})" for b, n in manifest.bucket_counts().items())
@@ -105,6 +107,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}"),
         ("device", f"{plan.context.device}, {str(plan.context.dtype).removeprefix('torch.')}"),
         ("output", str(plan.context.output_dir)),
+        *(("memory", f"{strategy.name}: {strategy.plan(memory_facts(plan)).summary}") for strategy in plan.memory_strategies),
     ]  # fmt: skip
 
 

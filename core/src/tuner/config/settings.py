@@ -161,7 +161,7 @@ class RunSettings(Options):
     report_to: str = option("none", help="Trackers beside metrics.jsonl, separated by commas; `none`.")
     tracker_project_name: str = option("tuner", help="Project name for trackers.")
     tracker_run_name: str = option("", help="Run name for trackers; the output folder's name when empty.")
-    log_interval: int = option(1, ge=1, help="Steps between two rows of metrics.jsonl.", unit="steps")
+    log_interval: int = option(1, ge=1, help="Steps between two rows of metrics.jsonl and of trackers.", unit="steps")
     push_to_hub: bool = unsupported(help="Upload the result.", reason="uploading is " + LATER, changes_results=False, default=False)
     hub_model_id: str = unsupported(help="Repository to upload to.", reason="used only with push_to_hub", changes_results=False, default="")
 

@@ -143,7 +143,7 @@ class Batch:
     """Stream -> (B, T, D) encoded captions."""
     frame_rate: tuple[float, ...]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """Cached features that regularizers asked for."""
+    """Cached features that regularizers asked for: "encoder.tensor" -> (B, ...). Absent where a sample of the batch has none."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ class MemoryFacts:
     block_bytes: tuple[int, ...]
     full_finetuning: bool
     quantizer: str
+    """`base_model_precision`."""
     checkpointing: str
+    """"none", "some" or "all" blocks are recomputed in backward."""
     world_size: int = 1
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, TrainSettings
+from tuner.data.randomness import derived_seed
 from tuner.errors import ConfigError
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.losses import LossTerm, Regularizer
@@ -65,7 +66,8 @@ def assemble(plan: Plan, device: torch.device) -> Assembly:
     )
     terms = [*stream_losses(plan), *plan.loss_terms, *(t for r in regularizers for t in r.loss_terms())]
     for regularizer in regularizers:
-        trained += _named(regularizer.trainable(), regularizer.name)
+        if (module := regularizer.trainable()) is not None:
+            trained += _named(module.to(device), regularizer.name)
     return _with_optimizer(plan, TrainingModel(family, model, runner, terms), trained, regularizers, session, device)
 
 
@@ -101,9 +103,7 @@ def add_trainable(plan: Plan, model: nn.Module) -> list[tuple[str, nn.Parameter]
     return _named(model)
 
 
-def _named(module: nn.Module | None, prefix: str = "") -> list[tuple[str, nn.Parameter]]:
-    if module is None:
-        return []
+def _named(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Parameter]]:
     lead = f"{prefix}." if prefix else ""
     return [(lead + name, p) for name, p in module.named_parameters() if p.requires_grad]
 
@@ -130,5 +130,6 @@ def _attach_memory(plan: Plan, blocks: BlockSet, device: torch.device) -> Memory
 
 def _attach_regularizers(plan: Plan, blocks: BlockSet) -> tuple[Regularizer, ...]:
     for regularizer in plan.regularizers:
+        torch.manual_seed(derived_seed(plan.context.seed, f"attach/{regularizer.name}"))
         regularizer.attach(blocks, plan.context)
     return plan.regularizers

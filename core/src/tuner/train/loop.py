@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,7 +14,7 @@ from tuner.data.dataset import TrainingSet
 from tuner.data.prefetch import Prefetcher
 from tuner.data.randomness import derived_seed
 from tuner.errors import NumericError
-from tuner.interfaces.family import Batch, Noise
+from tuner.interfaces.family import Batch, Noise, Sample
 from tuner.train.assemble import Assembly
 from tuner.train.metrics import StepMetrics
 from tuner.train.placement import to_device
@@ -88,6 +88,7 @@ class Loop:
         epoch, place = self.dataset.locate(index * self.world + self.rank)
         samples = self.dataset.load(epoch, self.dataset.epoch_plan(epoch)[place])
         batch = self.plan.family.collate(samples, self.plan.streams)
+        batch = replace(batch, extras={**batch.extras, **cached_features(samples, self.plan.extras)})
         item = Item(batch, self.assembly.noise.sample(batch, index))
         return to_device(item, self.device, pin=True) if self.device.type == "cuda" else item
 
@@ -146,3 +147,14 @@ class Loop:
                         f"{name} is not finite at step {step}", where=name, value=row[name],
                         remedy="resume from the last checkpoint with a lower learning_rate or max_grad_norm",
                     )  # fmt: skip
+
+
+def cached_features(samples: Sequence[Sample], encoders: Sequence[str]) -> dict[str, torch.Tensor]:
+    """"encoder.tensor" -> (B, ...): records beside the family's own; left out where not every sample of the batch has them."""
+    found: dict[str, torch.Tensor] = {}
+    for encoder in encoders:
+        records = [sample.records.get(encoder) for sample in samples]
+        present = [record for record in records if record is not None]
+        if len(present) == len(records):
+            found |= {f"{encoder}.{name}": torch.stack([record.tensors[name] for record in present]) for name in present[0].tensors}
+    return found

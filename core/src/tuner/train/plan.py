@@ -14,11 +14,12 @@ from tuner.config.datasets import DatasetEntry, load_datasets
 from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings, ValidationSettings
 from tuner.data.manifest import Manifest, scan
+from tuner.data.randomness import derived_seed
 from tuner.errors import CheckpointError, ConfigError, TunerError
 from tuner.interfaces.encoders import LatentEncoder
 from tuner.interfaces.family import BuildContext, ModelFacts, ModelFamily
 from tuner.interfaces.losses import LossTerm, Regularizer
-from tuner.interfaces.memory import MemoryStrategy
+from tuner.interfaces.memory import MemoryFacts, MemoryStrategy
 from tuner.interfaces.services import Loader, WeightSource
 from tuner.plugins.record import Kind
 from tuner.train.trackers import chosen_trackers
@@ -60,6 +61,8 @@ class Plan(ModelPlan):
     entries: tuple[DatasetEntry, ...]
     manifest: Manifest
     encoders: tuple[LatentEncoder, ...]
+    extras: tuple[str, ...]
+    """Of the encoders, those that do not belong to the family: their records come as `Batch.extras`."""
     regularizers: tuple[Regularizer, ...]
     memory_strategies: tuple[MemoryStrategy, ...]
     loss_terms: tuple[LossTerm, ...]
@@ -123,21 +126,33 @@ def make_plan(
     streams = model.family.select_streams(available)
     facts = model.family.inspect(model.source, streams)
     regularizers = _enabled(model, "regularizer")
-    encoders = [*model.family.encoders(model.source, streams), *(e for r in regularizers for e in r.encoders())]
+    extras = [*_enabled(model, "latent_encoder"), *(e for r in regularizers for e in r.encoders())]
+    encoders = [*model.family.encoders(model.source, streams), *extras]
     batches = manifest.batches_per_epoch(settings.get(TrainSettings).train_batch_size)
     plan = Plan(
         registry, settings, model.family, model.family_name, model.source, model.context,
         streams=streams, facts=facts, entries=tuple(entries), manifest=manifest, encoders=tuple(encoders),
+        extras=tuple(encoder.name for encoder in extras),
         regularizers=regularizers, memory_strategies=_enabled(model, "memory_strategy"), loss_terms=_enabled(model, "loss_term"),
         batches_per_epoch=batches, total_steps=total_steps(settings, batches, world),
         notices=(*settings.notices, *manifest.notices, *sample_notices), world=world,
     )  # fmt: skip
-    problems = registry.check_plan(plan)
+    problems = [*(p for strategy in plan.memory_strategies for p in strategy.supports(memory_facts(plan))), *registry.check_plan(plan)]
     if data.strict and plan.notices:
         problems = [*problems, ConfigError("strict is on and something would be adjusted or ignored:\n  " + "\n  ".join(plan.notices))]
     if problems:
         raise PlanProblems(problems)
     return plan
+
+
+def memory_facts(plan: Plan) -> MemoryFacts:
+    """What a memory strategy decides on."""
+    model = plan.settings.get(ModelSettings)
+    recomputed = "none" if not model.gradient_checkpointing else "all" if model.gradient_checkpointing_interval == 1 else "some"
+    return MemoryFacts(
+        block_bytes=(plan.facts.block_bytes,) * plan.facts.blocks, full_finetuning=model.model_type == "full",
+        quantizer=model.base_model_precision, checkpointing=recomputed, world_size=plan.world,
+    )  # fmt: skip
 
 
 def find_clips(model: ModelPlan, report: Report | None, *, remember: bool = True) -> tuple[list[DatasetEntry], Manifest]:
@@ -162,7 +177,7 @@ def total_steps(settings: Settings, batches_per_epoch: int, world: int = 1) -> i
     return math.ceil(train.num_train_epochs * batches_per_epoch / batches_per_step)
 
 
-def without_encoders(plan: Plan, manifest: Manifest) -> Plan:
+def with_manifest(plan: Plan, manifest: Manifest) -> Plan:
     """The plan over what is left of the dataset after caching."""
     batches = manifest.batches_per_epoch(plan.settings.get(TrainSettings).train_batch_size)
     return replace(plan, manifest=manifest, batches_per_epoch=batches, total_steps=total_steps(plan.settings, batches, plan.world))
@@ -174,5 +189,7 @@ def _enabled(model: ModelPlan, kind: Kind) -> tuple:  # type: ignore[type-arg]
     for component in model.registry.components(kind):
         options = model.settings.get(component.options)
         if options.enabled():
+            # What a component initialises at random must be the same in every run of this seed, whatever was built before it.
+            torch.manual_seed(derived_seed(model.context.seed, f"{kind}/{component.name}"))
             chosen.append(component.load()(options, model.context))  # type: ignore[operator]
     return tuple(chosen)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from tuner.config.resolve import Settings
-from tuner.config.settings import DataSettings, TrainSettings, ValidationSettings
+from tuner.config.settings import DataSettings, RunSettings, TrainSettings, ValidationSettings
 from tuner.data.dataset import TrainingSet
 from tuner.data.manifest import require_usable
 from tuner.errors import DiskError, EnvironmentProblem, OutOfMemoryError, TunerError
@@ -24,7 +24,7 @@ from tuner.train.assemble import Assembly, assemble
 from tuner.train.caching import CacheSummary, fill_cache
 from tuner.train.lock import FolderLock
 from tuner.train.loop import Loop
-from tuner.train.plan import Plan, make_plan, without_encoders
+from tuner.train.plan import Plan, make_plan, with_manifest
 from tuner.train.results import write_results
 from tuner.train.resume import TrainingCheckpoints
 from tuner.train.run import RunFolder, RunInfo, now
@@ -160,7 +160,7 @@ class Session:
         summary = self.ranks.main_first(lambda: encode_dataset(self.plan, self.interface))
         if self.ranks.main:
             folder.event("cached", **summary.facts())
-        self.plan = without_encoders(self.plan, summary.manifest)
+        self.plan = with_manifest(self.plan, summary.manifest)
         return summary
 
     def _dataset(self, summary: CacheSummary) -> TrainingSet:
@@ -171,14 +171,16 @@ class Session:
         self, folder: RunFolder, assembly: Assembly, dataset: TrainingSet, checkpoints: TrainingCheckpoints, stops: StopRequests,
         start: int, trackers: Trackers,
     ) -> Loop:  # fmt: skip
-        total = self.plan.total_steps
+        total, interval = self.plan.total_steps, self.plan.settings.get(RunSettings).log_interval
 
         def on_metrics(step: int, row: Mapping[str, float]) -> None:
-            if self.ranks.main:
+            if not self.ranks.main:
+                return
+            if step % interval == 0:
                 folder.metrics(step, {k: v for k, v in row.items() if k not in ("seconds", "samples")})
-                folder.heartbeat(step, total, "training")
                 trackers.log(step, row)
-                self.interface.training(step, total, row)
+            folder.heartbeat(step, total, "training")
+            self.interface.training(step, total, row)
 
         def write(step: int) -> None:
             if self.ranks.main:
