@@ -12,6 +12,7 @@ import torch
 
 from integration.project import Project
 from tuner.train.checkpoint import load_checkpoint
+from tuner_ltxvideo2.tiny import write_tiny
 
 
 def weights(project: Project, out: str, step: int) -> dict[str, torch.Tensor]:
@@ -83,3 +84,10 @@ def test_a_fresh_run_does_not_mix_with_an_old_one(project: Project, capsys: pyte
     assert project.train() == 2
     assert "checkpoint-2" in capsys.readouterr().err
     assert Path("out/checkpoint-2/COMPLETE").exists()
+
+
+def test_captions_through_another_encoder_are_another_dataset(project: Project, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert project.train(max_train_steps=2) == 0
+    other = write_tiny(tmp_path / "other", seed=5)
+    assert project.train(resume_from_checkpoint="latest", text_encoder_path=str(other.text_encoder)) == 6
+    assert "captions" in capsys.readouterr().err

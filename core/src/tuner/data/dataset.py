@@ -6,6 +6,8 @@ nor the number of processes change the order.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -56,8 +58,9 @@ class TrainingSet:
         return self._manifest.batches_per_epoch(self._batch_size)
 
     def digest(self) -> str:
-        """Identity of what is trained on, in its order."""
-        return self._manifest.digest()
+        """Identity of what is trained on, in its order: clips, captions, and the encoders that they went through."""
+        parts = [self._manifest.digest(), {name: dict(settings) for name, settings in self._places.identities().items()}]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def epoch_plan(self, epoch: int) -> list[tuple[Draw, ...]]:
         """The batches of an epoch, each of one group. Each item comes repeats + 1 times; a group's incomplete last batch is kept.

@@ -43,6 +43,10 @@ class RecordPlaces:
         self._caches: dict[Path, RecordCache] = {}
         self._text_cache = text_cache
 
+    def identities(self) -> dict[str, Mapping[str, Setting]]:
+        """Encoder name -> what decides its records beside the source."""
+        return {name: encoder.settings for name, encoder in self._encoders.items()}
+
     def clip(self, item: Item, name: str) -> Place | None:
         """The record of the item's picture or sound; None where the encoder reads sound and the item trains none."""
         encoder = self._encoders[name]
