@@ -12,11 +12,10 @@ from tuner.config.settings import AdapterSettings
 from tuner.errors import CheckpointError, ConfigError
 from tuner.interfaces.services import AdapterState
 from tuner.model.adapters import (
+    adapted_layers,
     adapter_alpha,
-    adapter_scale,
     adapter_state,
     add_adapters,
-    base_name,
     disable_adapters,
     load_adapter_state,
     resolve_targets,
@@ -126,13 +125,12 @@ def test_output_is_the_base_weight_plus_the_scaled_product() -> None:
             linear.weight += b @ a * (2.0 / 4)
     x = torch.randn(2, 8)
     torch.testing.assert_close(model(x), merged(x))
-    assert adapter_scale(model) == 0.5
     assert (state.rank, state.alpha, state.targets) == (4, 2.0, tuple(TARGETS))
 
 
 def test_alpha_is_the_rank_where_it_is_not_set() -> None:
     assert adapter_alpha(AdapterSettings(lora_rank=12)) == 12.0
-    assert adapter_scale(adapted(AdapterSettings(lora_rank=4))) == 1.0
+    assert {float(layer.scaling["default"]) for layer in adapted_layers(adapted(AdapterSettings(lora_rank=4))).values()} == {1.0}
 
 
 def test_a_bfloat16_model_computes_its_adapters_in_bfloat16() -> None:
@@ -198,13 +196,3 @@ def test_disabled_adapters_leave_the_base_model_and_come_back_as_they_were() -> 
         raise RuntimeError("inside")
     assert torch.equal(model(x), before)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
-
-
-def test_base_names() -> None:
-    names = {"a.to_q": "a.to_q", "a.to_q.base_layer": "a.to_q", "a.to_q.lora_A.default": "a.to_q", "a.ff.base_layer.inner": "a.ff.inner"}
-    assert {name: base_name(name) for name in names} == names
-
-
-def test_a_model_without_adapters_has_no_scale() -> None:
-    with pytest.raises(CheckpointError, match="no adapters"):
-        adapter_scale(net())

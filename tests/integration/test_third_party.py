@@ -41,9 +41,10 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_it_trains_is_saved_and_resumed_exactly(project: Project, journal: list[str]) -> None:
     assert run(project, output_dir="whole", **ON).exit_code == 0
-    assert journal[:3] == ["encoder loaded", "encoder unloaded", "attached to 4 blocks"]
+    # The order of assembly: adapters, memory strategy, regularizers.
+    assert journal[:4] == ["encoder loaded", "encoder unloaded", "memory attached to adapted blocks", "attached to 4 blocks"]
     step = ["F0", "F1", "F2", "F3", "B3", "B2", "B1", "B0"]
-    assert journal[3:-2] == step * 4
+    assert journal[4:-2] == step * 4
     assert journal[-2:] == ["detached after 4 batches", "memory detached"]
     trained = weights("whole", 4)
     assert {"brightness.weight", "brightness.bias"} < set(trained)
@@ -81,6 +82,12 @@ def test_a_strategy_that_does_not_support_the_run_stops_it_at_planning(project: 
     with pytest.raises(ConfigError, match="cannot watch every weight"):
         run(project, watch_blocks=True, model_type="full")
     assert not Path("out").exists()
+
+
+def test_two_strategies_for_the_same_blocks_are_refused_at_planning(project: Project) -> None:
+    with pytest.raises(ConfigError, match="two memory strategies"):
+        run(project, watch_blocks=True, watch_again=True)
+    assert not Path("cache").exists() or not list(Path("cache").rglob("*.safetensors"))
 
 
 def test_rows_of_metrics_are_as_far_apart_as_asked(project: Project) -> None:

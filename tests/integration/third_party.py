@@ -153,12 +153,21 @@ class Watching(MemorySession):
         JOURNAL.append("memory detached")
 
 
+class WatchAgainOptions(Options):
+    """Keys of a second strategy of the same kind."""
+
+    watch_again: bool = option(False, help="Write every block event down once more.")
+
+    def enabled(self) -> bool:
+        return self.watch_again
+
+
 class Watch(MemoryStrategy):
     """Moves nothing."""
 
     name = "watch"
 
-    def __init__(self, options: WatchOptions, context: BuildContext) -> None:
+    def __init__(self, options: Options, context: BuildContext) -> None:
         self.options = options
 
     def supports(self, facts: MemoryFacts) -> Sequence[TunerError]:
@@ -168,6 +177,8 @@ class Watch(MemoryStrategy):
         return MemoryPlan(sum(facts.block_bytes), 0, 0, 0, 0.0, "everything stays")
 
     def attach(self, blocks: BlockSet, device: torch.device) -> MemorySession:
+        adapted = any(parameter.requires_grad for block in blocks.blocks for parameter in block.parameters())
+        JOURNAL.append("memory attached to adapted blocks" if adapted else "memory attached to bare blocks")
         return Watching()
 
 
@@ -183,4 +194,5 @@ def tuner_register_loss_terms() -> list[Component]:
 
 @hookimpl
 def tuner_register_memory_strategies() -> list[Component]:
-    return [Component("watch", "writes events down", WatchOptions, "integration.third_party:Watch")]
+    factory = "integration.third_party:Watch"
+    return [Component("watch", "writes events down", WatchOptions, factory), Component("again", "so too", WatchAgainOptions, factory)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 
@@ -79,8 +78,3 @@ class BlockSet:
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of `module` that receive gradients, in a fixed order."""
     return [p for p in module.parameters() if p.requires_grad]
-
-
-def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the elements of `tensor`."""
-    return tensor.numel() * tensor.element_size()

@@ -121,22 +121,6 @@ def _matrices(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
-def base_name(module_name: str) -> str:
-    """The name a module had before peft wrapped it: of "a.to_q.base_layer" and "a.to_q.lora_A.default" it is "a.to_q"."""
-    words = module_name.split(".")
-    for index, word in enumerate(words):
-        if word == "base_layer" or word.startswith("lora_"):
-            return ".".join(words[:index] + (words[index + 1:] if word == "base_layer" else []))
-    return module_name
-
-
-def adapter_scale(model: nn.Module) -> float:
-    """alpha / rank of the adapters in `model`. Raises `CheckpointError` without any."""
-    for layer in adapted_layers(model).values():
-        return float(layer.scaling[ADAPTER])
-    raise CheckpointError("the model has no adapters")
-
-
 def adapter_state(model: nn.Module, rank: int, alpha: float) -> AdapterState:
     """Copies of all adapters as the model computes with them, float32 on the CPU, under the names of the adapted modules."""
     layers = adapted_layers(model)

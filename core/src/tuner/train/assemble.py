@@ -15,10 +15,9 @@ from torch import nn
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, TrainSettings
 from tuner.data.randomness import derived_seed
-from tuner.errors import ConfigError
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.losses import LossTerm, Regularizer
-from tuner.interfaces.memory import MemorySession, MemoryStrategy
+from tuner.interfaces.memory import MemorySession
 from tuner.model.adapters import add_adapters, resolve_targets
 from tuner.model.runner import BlockRunner, Checkpointing
 from tuner.train.masters import MasterWeights
@@ -49,7 +48,7 @@ class Assembly:
 
 
 def assemble(plan: Plan, device: torch.device) -> Assembly:
-    """Loads the model and builds everything around it. Steps are named in the log as they begin."""
+    """Loads the model and builds everything around it."""
     family = plan.family
     model = family.load(plan.source, plan.streams, plan.context.dtype, device)
     trained = add_trainable(plan, model)
@@ -120,12 +119,8 @@ def stream_losses(plan: Plan) -> Sequence[LossTerm]:
 
 
 def _attach_memory(plan: Plan, blocks: BlockSet, device: torch.device) -> MemorySession:
-    chosen = plan.memory_strategies
-    if len(chosen) > 1:
-        names = [strategy.name for strategy in chosen]
-        raise ConfigError("two memory strategies cannot hold the same blocks", value=names, remedy="switch one of them off")
-    strategy: MemoryStrategy | None = chosen[0] if chosen else None
-    return strategy.attach(blocks, device) if strategy else MemorySession()
+    """The plan allows one strategy at most; without one everything stays where it is."""
+    return next((strategy.attach(blocks, device) for strategy in plan.memory_strategies), MemorySession())
 
 
 def _attach_regularizers(plan: Plan, blocks: BlockSet) -> tuple[Regularizer, ...]:

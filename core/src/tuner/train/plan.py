@@ -137,7 +137,7 @@ def make_plan(
         batches_per_epoch=batches, total_steps=total_steps(settings, batches, world),
         notices=(*settings.notices, *manifest.notices, *sample_notices), world=world,
     )  # fmt: skip
-    problems = [*(p for strategy in plan.memory_strategies for p in strategy.supports(memory_facts(plan))), *registry.check_plan(plan)]
+    problems = [*memory_problems(plan), *registry.check_plan(plan)]
     if data.strict and plan.notices:
         problems = [*problems, ConfigError("strict is on and something would be adjusted or ignored:\n  " + "\n  ".join(plan.notices))]
     if problems:
@@ -153,6 +153,15 @@ def memory_facts(plan: Plan) -> MemoryFacts:
         block_bytes=(plan.facts.block_bytes,) * plan.facts.blocks, full_finetuning=model.model_type == "full",
         quantizer=model.base_model_precision, checkpointing=recomputed, world_size=plan.world,
     )  # fmt: skip
+
+
+def memory_problems(plan: Plan) -> list[TunerError]:
+    """What the chosen strategies object to, and more than one of them."""
+    problems = [problem for strategy in plan.memory_strategies for problem in strategy.supports(memory_facts(plan))]
+    if len(plan.memory_strategies) > 1:
+        names = [strategy.name for strategy in plan.memory_strategies]
+        problems.append(ConfigError("two memory strategies cannot hold the same blocks", value=names, remedy="switch one of them off"))
+    return problems
 
 
 def find_clips(model: ModelPlan, report: Report | None, *, remember: bool = True) -> tuple[list[DatasetEntry], Manifest]:
