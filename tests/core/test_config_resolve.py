@@ -272,10 +272,6 @@ class TestCoreKeys:
         assert found.get(ModelSettings).model_family == "some"
         assert [notice.partition(":")[0] for notice in found.notices] == ["override_dataset_config", "lycoris_config"]
 
-    def test_quantized_weights_are_refused(self):
-        with pytest.raises(ConfigError, match="base_model_precision: is not supported: quantized weights"):
-            resolve(CORE_OPTIONS, flags={"base_model_precision": "int8-quanto"})
-
     def test_defaults_resolve(self):
         found = resolve(CORE_OPTIONS)
         assert found.notices == () and found.explicit() == set()

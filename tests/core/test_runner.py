@@ -134,7 +134,7 @@ class Journal(MemorySession):
         if self.fail == (name, index):
             raise RuntimeError("planned")
 
-    def begin_step(self) -> None:
+    def begin_step(self, first_backward: int) -> None:
         self.events.append("begin")
 
     def before_forward(self, index: int) -> None:

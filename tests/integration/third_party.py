@@ -143,6 +143,10 @@ class Shrink(LossTerm):
 class Watching(MemorySession):
     """Writes the block events down."""
 
+    def attach(self, blocks: BlockSet) -> None:
+        adapted = any(parameter.requires_grad for block in blocks.blocks for parameter in block.parameters())
+        JOURNAL.append("memory attached to adapted blocks" if adapted else "memory attached to bare blocks")
+
     def before_forward(self, index: int) -> None:
         JOURNAL.append(f"F{index}")
 
@@ -176,9 +180,7 @@ class Watch(MemoryStrategy):
     def plan(self, facts: MemoryFacts) -> MemoryPlan:
         return MemoryPlan(sum(facts.block_bytes), 0, 0, 0, 0.0, "everything stays")
 
-    def attach(self, blocks: BlockSet, device: torch.device) -> MemorySession:
-        adapted = any(parameter.requires_grad for block in blocks.blocks for parameter in block.parameters())
-        JOURNAL.append("memory attached to adapted blocks" if adapted else "memory attached to bare blocks")
+    def open(self, part: str, blocks: int, device: torch.device) -> MemorySession:
         return Watching()
 
 

@@ -107,7 +107,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}"),
         ("device", f"{plan.context.device}, {str(plan.context.dtype).removeprefix('torch.')}"),
         ("output", str(plan.context.output_dir)),
-        *(("memory", f"{strategy.name}: {strategy.plan(memory_facts(plan)).summary}") for strategy in plan.memory_strategies),
+        *(("memory", f"{strategy.name}: {strategy.plan(memory_facts(plan)).summary}") for strategy in plan.memory.strategies),
     ]  # fmt: skip
 
 

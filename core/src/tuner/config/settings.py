@@ -35,12 +35,8 @@ class ModelSettings(Options):
     gradient_checkpointing_interval: int = option(
         1, ge=1, help="Keep the activations of every k-th block: 1 recomputes all, 2 every other one.", unit="blocks"
     )
-    base_model_precision: str = unsupported(
-        help="Quantization of the frozen transformer.", reason="quantized weights are " + LATER, changes_results=True, default="no_change"
-    )
-    text_encoder_1_precision: str = unsupported(
-        help="Quantization of the text encoder.", reason="quantized weights are " + LATER, changes_results=True, default="no_change"
-    )
+    base_model_precision: str = option("no_change", help="Precision of the frozen blocks: `no_change`, or the name of a quantizer.")
+    text_encoder_1_precision: str = option("no_change", help="The same for the text encoder.")
     dynamo_mode: str = unsupported(help="torch.compile of the blocks.", reason="compilation is " + LATER, changes_results=False, default="")
 
 

@@ -22,9 +22,11 @@ class Bucket(NamedTuple):
     width: int
     height: int
     frames: int
+    seconds: float = 0.0
+    """Of sound alone, which has no picture; 0 where there is one: its frames tell."""
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.frames}"
+        return f"{self.seconds:g} s of sound" if self.seconds else f"{self.width}x{self.height}x{self.frames}"
 
 
 class FrameSize(NamedTuple):

@@ -99,4 +99,5 @@ class TrainingSet:
         return Sample(
             key=item.key, dataset=item.dataset, draw=draw.position, epoch=epoch, frame_rate=item.frame_rate, frames=item.bucket.frames,
             height=item.bucket.height, width=item.bucket.width, records=self._places.read(item, caption), caption=caption,
+            kind=item.kind, seconds=item.seconds, first_frame=item.first_frame,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from tuner.data.container import MediaError, MediaFacts, TooShort, UndecodableSo
 from tuner.data.media_index import Examined, MediaIndex, examine
 from tuner.data.workers import DecodeWorkers
 from tuner.errors import ConfigError, DataError
-from tuner.interfaces.family import Geometry
+from tuner.interfaces.family import ClipShape, Geometry
 
 SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"})
 LONGEST = 121
@@ -31,9 +31,24 @@ Report = Callable[[int, int, str], None]
 Status = Literal["used", "skipped", "failed"]
 
 
+Role = Literal["sound", "reference", "mask"]
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A second file that belongs to an item: its sound from another dataset, the clip it is to follow, or the mask of what is learned."""
+
+    role: Role
+    path: Path
+    content: str
+    """sha256 of the file."""
+    bucket: Bucket
+    """What it is brought to: for a reference clip perhaps smaller than the item."""
+
+
 @dataclass(frozen=True)
 class Item:
-    """One clip as it is trained on."""
+    """One clip, picture or sound as it is trained on."""
 
     dataset: str
     path: Path
@@ -52,6 +67,23 @@ class Item:
     repeats: int
     """Additional passes an epoch."""
     cache_dir: Path
+    kind: Literal["video", "image", "audio"] = "video"
+    start: float = 0.0
+    """Seconds into the file where what is used begins; picture and sound alike."""
+    companions: tuple[Companion, ...] = ()
+    probability: float = 1.0
+    """Share of its draws that an epoch takes."""
+    first_frame: bool = False
+    """Its first frame is given clean in every draw."""
+
+    def companion(self, role: str) -> Companion | None:
+        """The file in that role, if there is one."""
+        return next((companion for companion in self.companions if companion.role == role), None)
+
+    @property
+    def shape(self) -> ClipShape:
+        """Size and length, as the family sees them."""
+        return ClipShape(self.bucket.width, self.bucket.height, self.bucket.frames, self.frame_rate, self.seconds)
 
     @property
     def group(self) -> tuple[Bucket, float]:
@@ -61,7 +93,7 @@ class Item:
     @property
     def seconds(self) -> float:
         """Duration of picture and sound."""
-        return self.bucket.frames / self.frame_rate
+        return self.bucket.seconds or self.bucket.frames / self.frame_rate
 
     @property
     def key(self) -> str:

@@ -50,6 +50,9 @@ class LatentEncoder(ABC):
     name: ClassVar[str]
     """Names the record in `Sample.records` and the cache."""
     reads: ClassVar[Literal["video", "audio", "text"]]
+    """The kind of source it is given. A still picture is a video of one frame."""
+    of: ClassVar[str] = "clip"
+    """Which file of an item it reads: "clip", the item's own, or the role of a companion: "reference", "mask"."""
 
     @abstractmethod
     def settings(self) -> Mapping[str, str | int | float | bool]:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from tuner.interfaces.encoders import AudioClip, LatentEncoder, Record, VideoCli
 
 if TYPE_CHECKING:
     from tuner.config.settings import ModelSettings
+    from tuner.interfaces.memory import PartMemory, Placement
     from tuner.interfaces.services import WeightSource
 
 
@@ -33,6 +34,8 @@ class BuildContext:
     seed: int
     rank: int
     output_dir: Path
+    memory: PartMemory | None = None
+    """Opens the parts that a family loads itself, such as a text encoder; None: everything is put on `device` as it is."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,18 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class ClipShape:
+    """Size and length that clips of one bucket have. Sound alone: width, height and frames are 0."""
+
+    width: int
+    height: int
+    frames: int
+    frame_rate: float
+    seconds: float
+    """Duration, of sound too."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One cached item as the dataset hands it over: encoder name -> record, and what the manifest knows."""
 
@@ -114,6 +129,12 @@ class Sample:
     width: int
     records: Mapping[str, Record]
     caption: str = ""
+    kind: Literal["video", "image", "audio"] = "video"
+    """Audio: sound alone; `frames`, `height` and `width` are 0."""
+    seconds: float = 0.0
+    """Duration of picture and sound."""
+    first_frame: bool = False
+    """The dataset asks for the first frame to be given clean in every draw (image to video)."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +156,14 @@ class StreamBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one bucket, collated by the family."""
+    """Samples of one bucket, collated by the family. A stream that no sample of the batch has is left out of `streams`."""
 
     samples: tuple[Sample, ...]
     streams: Mapping[str, StreamBatch]
     text: Mapping[str, Tensor]
     """Stream -> (B, T, D) encoded captions."""
     frame_rate: tuple[float, ...]
+    """Frames per second of each sample; of a sound-only batch the run's, where it means nothing."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Cached features that regularizers asked for: "encoder.tensor" -> (B, ...). Absent where a sample of the batch has none."""
 
@@ -235,8 +257,13 @@ class ModelFamily(ABC):
         """Reads headers only. Raises `CheckpointError` for a checkpoint this family does not know."""
 
     @abstractmethod
-    def encoders(self, source: WeightSource, streams: Sequence[str]) -> Sequence[LatentEncoder]:
-        """The encoders whose records training on `streams` needs, in the order in which to run them. Loads nothing."""
+    def encoders(
+        self, source: WeightSource, streams: Sequence[str], companions: frozenset[str] = frozenset()
+    ) -> Sequence[LatentEncoder]:
+        """The encoders whose records training on `streams` needs, in the order in which to run them. Loads nothing.
+
+        `companions`: the roles of further files that items of the dataset have: "reference", "mask".
+        """
 
     def select_streams(self, available: frozenset[str]) -> tuple[str, ...]:
         """Which streams are trained, given those that the dataset has; in the order of `stream_names`."""
@@ -248,12 +275,23 @@ class ModelFamily(ABC):
 
     # --- the training model --------------------------------------------------------------------------------------
     @abstractmethod
-    def load(self, source: WeightSource, streams: Sequence[str], dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """The transformer with exactly the weights that `streams` need; every key accounted for."""
+    def load(
+        self, source: WeightSource, streams: Sequence[str], dtype: torch.dtype, device: torch.device, placement: Placement | None = None
+    ) -> nn.Module:
+        """The transformer with exactly the weights that `streams` need; every key accounted for.
+
+        `placement`: reads the blocks one by one onto `placement.reading` and hands each over; None: everything goes to `device`.
+        """
 
     @abstractmethod
     def collate(self, samples: Sequence[Sample], streams: Sequence[str]) -> Batch:
         """Stacks cached records into a batch on the CPU; pads and masks what is missing."""
+
+    @abstractmethod
+    def dummy_batch(
+        self, model: nn.Module, shape: ClipShape, batch_size: int, streams: Sequence[str], device: torch.device
+    ) -> tuple[Batch, Noise]:
+        """A batch such as clips of `shape` give, with meaningless values, on `device` ("meta" included): for measuring."""
 
     @abstractmethod
     def enter(self, model: nn.Module, batch: Batch, noise: Noise) -> BlockState:

@@ -1,4 +1,9 @@
-"""Memory strategies: where frozen weights live while they are not needed. And quantizers: how many bytes they take."""
+"""Memory strategies: where frozen weights live while they are not needed. And quantizers: how many bytes they take.
+
+A part is one network: "transformer", "text_encoder", "vae". The life of a part under a strategy: `open` before anything is read,
+`receive` for each block as soon as its weights are there (and quantized), `attach` once all blocks are there and adapters are
+added, then the block events of every pass, and `detach`. So host memory never holds a part twice.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +23,18 @@ class MemoryFacts:
     """What a strategy needs to know to plan."""
 
     block_bytes: tuple[int, ...]
+    """Of the frozen weights of each block, as they will lie in memory (after quantization)."""
     full_finetuning: bool
     quantizer: str
-    """`base_model_precision`."""
+    """The precision key's value: "no_change", or a quantizer's name."""
     checkpointing: str
     """"none", "some" or "all" blocks are recomputed in backward."""
     world_size: int = 1
+    part: str = "transformer"
+    linear_bytes: tuple[int, ...] = ()
+    """Of the frozen linear layers of one block, in order; empty: not known."""
+    host_bytes: int = 0
+    """Host memory that is free; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +42,36 @@ class MemoryPlan:
     """Predicted cost, printed before anything loads. Bytes; overhead as a share of the resident step's time."""
 
     device_bytes: int
+    """Of block weights that lie on the device at the same time."""
     host_bytes: int
+    """Of block weights in host memory, pinned or not."""
     pinned_bytes: int
     traffic_bytes: int
+    """Copied to the device in a training step with every block recomputed."""
     overhead: float
     summary: str
 
 
 class MemorySession:
-    """Attached to one list of blocks. The runner calls these around each block; the base class does nothing (resident)."""
+    """One part under a strategy. The base class keeps everything on the device.
 
-    def begin_step(self) -> None:
-        """Before the first block of a forward pass."""
+    The runner calls the block events around each block. A step is `begin_step`, a forward walk 0..N-1, where gradients are wanted
+    a backward walk N-1..first_backward, then `end_step`; or `abort` in place of the rest.
+    """
+
+    def receive(self, index: int, block: nn.Module, device: torch.device) -> None:
+        """All weights of block `index` have been read (and quantized): takes them to where they will live. No adapters yet."""
+        block.to(device)
+
+    def attach(self, blocks: BlockSet) -> None:
+        """All blocks are there and adapters are added: from here on the events come."""
+
+    def hold(self, module: nn.Module, device: torch.device) -> None:
+        """Takes over a whole module without blocks that only runs without gradients, such as a VAE; instead of `receive` and `attach`."""
+        module.to(device)
+
+    def begin_step(self, first_backward: int) -> None:
+        """Before the first block of a pass over N blocks; backward will visit blocks N-1 down to `first_backward` (N: none)."""
 
     def before_forward(self, index: int) -> None:
         """Block `index` is about to run; its weights must be usable afterwards."""
@@ -51,7 +80,7 @@ class MemorySession:
         """Block `index` has run."""
 
     def before_backward(self, index: int) -> None:
-        """Block `index` is about to be recomputed and differentiated."""
+        """Block `index` is about to be recomputed and differentiated, or its kept graph walked back."""
 
     def after_backward(self, index: int) -> None:
         """Its gradients are complete."""
@@ -63,32 +92,71 @@ class MemorySession:
         """An exception ended the pass anywhere; the next step must be right."""
 
     def materialize(self) -> None:
-        """All weights usable at once, for saving or merging."""
+        """All weights usable at once, for saving or merging, though perhaps not on the device; the next step still works."""
 
     def stats(self) -> Mapping[str, float]:
         """Counters for the log."""
         return {}
 
     def detach(self) -> None:
-        """The plain model is back."""
+        """The plain modules are back, with the bytes they had; events may no longer come. Streamed weights are left in host memory."""
 
 
 class MemoryStrategy(ABC):
-    """A policy over an ordered list of blocks."""
+    """A policy over an ordered list of blocks. Built once a run as `Strategy(options, context)`."""
 
     name: str
 
+    def parts(self) -> frozenset[str]:
+        """Which parts its options ask it to hold."""
+        return frozenset({"transformer"})
+
     @abstractmethod
     def supports(self, facts: MemoryFacts) -> Sequence[TunerError]:
-        """What speaks against using it here."""
+        """What speaks against using it on this part."""
 
     @abstractmethod
     def plan(self, facts: MemoryFacts) -> MemoryPlan:
         """What it will cost."""
 
     @abstractmethod
-    def attach(self, blocks: BlockSet, device: torch.device) -> MemorySession:
-        """Takes over the frozen weights of `blocks`."""
+    def open(self, part: str, blocks: int, device: torch.device) -> MemorySession:
+        """A session for a part with so many blocks (0: a module without blocks, for `hold`), before any weight is read."""
+
+
+class Placement(ABC):
+    """What becomes of the blocks of one part while it is read: their precision and their place. The core implements it.
+
+    A family's loader reads a block's weights onto `reading`, calls `received`, and goes on to the next block. Weights outside
+    the blocks it reads to their device itself. Who loads a part calls `attach` or `hold` afterwards and `close` at the end.
+    """
+
+    reading: torch.device
+    """Where the loader puts a block's weights."""
+
+    @abstractmethod
+    def received(self, index: int, block: nn.Module) -> None:
+        """All weights of block `index` are there."""
+
+    @abstractmethod
+    def attach(self, blocks: BlockSet, *, owner: nn.Module | None = None) -> MemorySession:
+        """All blocks are there. `owner`: the module whose own forward loops over them without gradients; it then fires the events."""
+
+    @abstractmethod
+    def hold(self, module: nn.Module) -> None:
+        """Takes over a whole module without blocks (see `MemorySession.hold`), which was read onto `reading`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Detaches; the weights may be freed."""
+
+
+class PartMemory(ABC):
+    """Opens parts under the strategy and precision that the run's options ask for."""
+
+    @abstractmethod
+    def open(self, part: str, blocks: int, device: torch.device) -> Placement:
+        """A placement for a part that will compute on `device`; a plain one where nothing is asked for."""
 
 
 @dataclass(frozen=True)
@@ -107,4 +175,8 @@ class Quantizer(ABC):
 
     @abstractmethod
     def quantize(self, module: nn.Module) -> QuantizedPart:
-        """Quantizes the linear layers inside `module` in place."""
+        """Quantizes the linear layers inside `module` in place, on the device they are on."""
+
+    @abstractmethod
+    def bytes_of(self, weight: torch.Size, dtype: torch.dtype) -> int:
+        """Bytes that a linear layer's weight of this shape takes afterwards, scales included; from the shape alone."""

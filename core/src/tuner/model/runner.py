@@ -158,7 +158,7 @@ class BlockRunner(BlockFunction):
 
     def _run_plain(self, state: BlockState) -> BlockState:
         try:
-            self.session.begin_step()
+            self.session.begin_step(len(self.blocks))
             for index in range(len(self.blocks)):
                 self.session.before_forward(index)
                 state = self.call_block(self.blocks.blocks[index], state)
@@ -172,7 +172,7 @@ class BlockRunner(BlockFunction):
     # --- forward with gradients ------------------------------------------------------------------------------------
     def forward(self, current: _Pass) -> tuple[Tensor, ...]:
         """Runs the chain and fills `current`; returns the changed tensors of the final state, then the taps."""
-        self.session.begin_step()
+        self.session.begin_step(self._first_backward(current))
         state, needs = current.state, frozenset(current.inputs)
         for node in self._chain:
             state, needs, tape = self._advance(node, state, needs)
@@ -186,6 +186,12 @@ class BlockRunner(BlockFunction):
         values = [last[key].detach() for key in current.outputs]
         values += [_tensors(after)[key].detach() for key, after in current.taps.values()]
         return tuple(values)
+
+    def _first_backward(self, current: _Pass) -> int:
+        """The lowest block that backward will visit: below it nothing is trained, and no gradient of the input is wanted."""
+        if current.inputs:
+            return 0
+        return next((index for index, parameters in enumerate(self._parameters) if parameters), len(self.blocks))
 
     def _advance(self, node: _Node, state: BlockState, needs: frozenset[Key]) -> tuple[BlockState, frozenset[Key], _Tape | None]:
         parameters = self._parameters[node.block] if node.block >= 0 else []

@@ -50,10 +50,11 @@ class Assembly:
 def assemble(plan: Plan, device: torch.device) -> Assembly:
     """Loads the model and builds everything around it."""
     family = plan.family
-    model = family.load(plan.source, plan.streams, plan.context.dtype, device)
-    trained = add_trainable(plan, model)
+    placement = plan.memory.open("transformer", plan.facts.blocks, device)
+    model = family.load(plan.source, plan.streams, plan.context.dtype, device, placement)
+    trained = add_trainable(plan, model, device)
     blocks = family.block_set(model)
-    session = _attach_memory(plan, blocks, device)
+    session = placement.attach(blocks)
     regularizers = _attach_regularizers(plan, blocks)
     runner = BlockRunner(
         blocks,
@@ -89,8 +90,8 @@ def _with_optimizer(
     return Assembly(training, masters, optimizer, schedule, noise, regularizers, session, device)
 
 
-def add_trainable(plan: Plan, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Adds LoRA, or frees every weight for full fine-tuning; returns the trained parameters with stable names."""
+def add_trainable(plan: Plan, model: nn.Module, device: torch.device) -> list[tuple[str, nn.Parameter]]:
+    """Adds LoRA, or frees every weight for full fine-tuning; returns the trained parameters, on `device`, with stable names."""
     if plan.settings.get(ModelSettings).model_type == "full":
         model.requires_grad_(True)
     else:
@@ -99,7 +100,10 @@ def add_trainable(plan: Plan, model: nn.Module) -> list[tuple[str, nn.Parameter]
         targets = resolve_targets(model, settings.peft_lora_target_modules, defaults)
         add_adapters(model, targets, settings, plan.settings.get(TrainSettings).seed)
     model.train()
-    return _named(model)
+    trained = _named(model)
+    for _, parameter in trained:  # adapters of layers that live in host memory were made there
+        parameter.data = parameter.data.to(device)
+    return trained
 
 
 def _named(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Parameter]]:
@@ -116,11 +120,6 @@ def stream_losses(plan: Plan) -> Sequence[LossTerm]:
     """The flow-matching loss of each trained stream."""
     weights = plan.family.stream_weights()
     return [FlowMatchingLoss(stream, weights.get(stream, 1.0)) for stream in plan.streams]
-
-
-def _attach_memory(plan: Plan, blocks: BlockSet, device: torch.device) -> MemorySession:
-    """The plan allows one strategy at most; without one everything stays where it is."""
-    return next((strategy.attach(blocks, device) for strategy in plan.memory_strategies), MemorySession())
 
 
 def _attach_regularizers(plan: Plan, blocks: BlockSet) -> tuple[Regularizer, ...]:

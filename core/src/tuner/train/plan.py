@@ -19,8 +19,9 @@ from tuner.errors import CheckpointError, ConfigError, TunerError
 from tuner.interfaces.encoders import LatentEncoder
 from tuner.interfaces.family import BuildContext, ModelFacts, ModelFamily
 from tuner.interfaces.losses import LossTerm, Regularizer
-from tuner.interfaces.memory import MemoryFacts, MemoryStrategy
+from tuner.interfaces.memory import MemoryFacts, Quantizer
 from tuner.interfaces.services import Loader, WeightSource
+from tuner.model.placing import RunMemory
 from tuner.plugins.record import Kind
 from tuner.train.trackers import chosen_trackers
 from tuner.train.validate import adjustments, wants_sample
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from tuner.plugins.registry import Registry
 
 Report = Callable[[int, int, str], None]
+NO_CHANGE = "no_change"
+"""The precision that leaves weights as they are."""
 
 
 class PlanProblems(ConfigError):
@@ -50,6 +53,8 @@ class ModelPlan:
     family_name: str
     source: WeightSource
     context: BuildContext
+    memory: RunMemory
+    """Opens every part that is loaded: where its weights live, and in which precision."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,6 @@ class Plan(ModelPlan):
     extras: tuple[str, ...]
     """Of the encoders, those that do not belong to the family: their records come as `Batch.extras`."""
     regularizers: tuple[Regularizer, ...]
-    memory_strategies: tuple[MemoryStrategy, ...]
     loss_terms: tuple[LossTerm, ...]
     batches_per_epoch: int
     total_steps: int
@@ -85,10 +89,21 @@ def plan_model(registry: Registry, settings: Settings, device: torch.device, ran
     component = registry.component("family", model.model_family)
     dtype = torch.bfloat16 if model.mixed_precision == "bf16" else torch.float32
     output = Path(settings.get(RunSettings).output_dir)
-    context = BuildContext(device, dtype, settings.get(TrainSettings).seed, rank, output)
+    memory = RunMemory()
+    context = BuildContext(device, dtype, settings.get(TrainSettings).seed, rank, output, memory)
     family = component.load()(settings.get(component.options), context)  # type: ignore[operator]
     source = open_source(registry, family, component.name, settings, scratch)
-    return ModelPlan(registry, settings, family, component.name, source, context)
+    plan = ModelPlan(registry, settings, family, component.name, source, context, memory)
+    memory.strategies, memory.quantizers = _enabled(plan, "memory_strategy"), _quantizers(plan)
+    return plan
+
+
+def _quantizers(plan: ModelPlan) -> dict[str, Quantizer]:
+    """Part -> what makes its linear layers smaller. Raises `ConfigError` for a precision that nothing installed offers."""
+    model = plan.settings.get(ModelSettings)
+    asked = {"transformer": model.base_model_precision, "text_encoder": model.text_encoder_1_precision}
+    chosen = {part: plan.registry.component("quantizer", name) for part, name in asked.items() if name != NO_CHANGE}
+    return {part: c.load()(plan.settings.get(c.options), plan.context) for part, c in chosen.items()}  # type: ignore[operator]
 
 
 def open_source(registry: Registry, family: ModelFamily, name: str, settings: Settings, scratch: Path | None = None) -> WeightSource:
@@ -130,10 +145,10 @@ def make_plan(
     encoders = [*model.family.encoders(model.source, streams), *extras]
     batches = manifest.batches_per_epoch(settings.get(TrainSettings).train_batch_size)
     plan = Plan(
-        registry, settings, model.family, model.family_name, model.source, model.context,
+        registry, settings, model.family, model.family_name, model.source, model.context, model.memory,
         streams=streams, facts=facts, entries=tuple(entries), manifest=manifest, encoders=tuple(encoders),
         extras=tuple(encoder.name for encoder in extras),
-        regularizers=regularizers, memory_strategies=_enabled(model, "memory_strategy"), loss_terms=_enabled(model, "loss_term"),
+        regularizers=regularizers, loss_terms=_enabled(model, "loss_term"),
         batches_per_epoch=batches, total_steps=total_steps(settings, batches, world),
         notices=(*settings.notices, *manifest.notices, *sample_notices), world=world,
     )  # fmt: skip
@@ -145,9 +160,11 @@ def make_plan(
     return plan
 
 
-def memory_facts(plan: Plan) -> MemoryFacts:
+def memory_facts(plan: Plan, part: str = "transformer") -> MemoryFacts:
     """What a memory strategy decides on."""
     model = plan.settings.get(ModelSettings)
+    if part != "transformer":  # its blocks are not known before it is opened, and it runs without gradients
+        return MemoryFacts((), False, model.text_encoder_1_precision, "none", plan.world, part)
     recomputed = "none" if not model.gradient_checkpointing else "all" if model.gradient_checkpointing_interval == 1 else "some"
     return MemoryFacts(
         block_bytes=(plan.facts.block_bytes,) * plan.facts.blocks, full_finetuning=model.model_type == "full",
@@ -157,10 +174,16 @@ def memory_facts(plan: Plan) -> MemoryFacts:
 
 def memory_problems(plan: Plan) -> list[TunerError]:
     """What the chosen strategies object to, and more than one of them."""
-    problems = [problem for strategy in plan.memory_strategies for problem in strategy.supports(memory_facts(plan))]
-    if len(plan.memory_strategies) > 1:
-        names = [strategy.name for strategy in plan.memory_strategies]
-        problems.append(ConfigError("two memory strategies cannot hold the same blocks", value=names, remedy="switch one of them off"))
+    asked = {part for strategy in plan.memory.strategies for part in strategy.parts()}
+    problems: list[TunerError] = []
+    for part in sorted(asked):
+        strategies = [strategy for strategy in plan.memory.strategies if part in strategy.parts()]
+        problems += [problem for strategy in strategies for problem in strategy.supports(memory_facts(plan, part))]
+        if len(strategies) > 1:
+            names = [strategy.name for strategy in strategies]
+            problems.append(
+                ConfigError(f"two memory strategies cannot hold the same blocks ({part})", value=names, remedy="switch one of them off")
+            )
     return problems
 
 

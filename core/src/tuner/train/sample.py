@@ -13,7 +13,8 @@ from tuner.config.resolve import Settings
 from tuner.config.settings import AdapterSettings, ValidationSettings
 from tuner.errors import ConfigError
 from tuner.interfaces.family import Generated, SampleRequest
-from tuner.model.adapters import add_adapters, load_adapter_state
+from tuner.interfaces.memory import Placement
+from tuner.model.adapters import adapted_layers, add_adapters, load_adapter_state
 from tuner.model.runner import BlockRunner
 from tuner.plugins.registry import Registry
 from tuner.train.export import check_adapter, read_adapter
@@ -48,9 +49,15 @@ def generate(registry: Registry, settings: Settings, prompt: str, trained: Train
     family = plan.family
     streams = tuple(name for name in family.stream_names if not (no_sound and name != "video"))
     request = _request(plan, prompt, sound=not no_sound)
-    model = _trained_model(plan, streams, trained)
-    runner = BlockRunner(family.block_set(model), family.call_block)
-    return family.sample(model, plan.source, [request], runner, streams)[0]
+    device = plan.context.device
+    placement = plan.memory.open("transformer", family.inspect(plan.source, streams).blocks, device)
+    try:
+        model = _trained_model(plan, streams, trained, placement)
+        blocks = family.block_set(model)
+        runner = BlockRunner(blocks, family.call_block, session=placement.attach(blocks))
+        return family.sample(model, plan.source, [request], runner, streams)[0]
+    finally:
+        placement.close()
 
 
 def _request(plan: ModelPlan, prompt: str, *, sound: bool) -> SampleRequest:
@@ -63,14 +70,14 @@ def _request(plan: ModelPlan, prompt: str, *, sound: bool) -> SampleRequest:
     return replace(request, prompt=prompt or request.prompt)
 
 
-def _trained_model(plan: ModelPlan, streams: Sequence[str], trained: Trained) -> nn.Module:
+def _trained_model(plan: ModelPlan, streams: Sequence[str], trained: Trained, placement: Placement) -> nn.Module:
     """The base model with `trained` over it, in evaluation mode. An adapter is checked before the model is loaded."""
     headers = plan.source.headers("transformer")
     adapter = None
     if trained.lora is not None and trained.strength > 0:
         adapter = read_adapter(plan.registry, trained.lora)
         check_adapter(adapter, headers, str(trained.lora))
-    model = plan.family.load(plan.source, streams, plan.context.dtype, plan.context.device)
+    model = plan.family.load(plan.source, streams, plan.context.dtype, plan.context.device, placement)
     model.requires_grad_(False)
     if trained.weights is not None:
         load_full(plan.family, model, headers, trained.weights)
@@ -78,4 +85,7 @@ def _trained_model(plan: ModelPlan, streams: Sequence[str], trained: Trained) ->
         adapter = replace(adapter, alpha=adapter.alpha * trained.strength)
         add_adapters(model, tuple(adapter.weights), AdapterSettings(lora_rank=adapter.rank, lora_alpha=adapter.alpha), 0)
         load_adapter_state(model, adapter)
+        for layer in adapted_layers(model).values():  # of layers that live in host memory they were made there
+            for matrices in (layer.lora_A, layer.lora_B):
+                matrices.to(plan.context.device)
     return model.eval()

@@ -21,6 +21,7 @@ from tuner.interfaces.family import (
     Batch,
     BlockFunction,
     BuildContext,
+    ClipShape,
     Generated,
     Geometry,
     Located,
@@ -32,11 +33,12 @@ from tuner.interfaces.family import (
     SampleRequest,
     TokenShift,
 )
+from tuner.interfaces.memory import Placement
 from tuner.interfaces.services import TensorHeader, WeightSource
 from tuner_ltxvideo2 import hub, inputs, keys, loading, sampling, transformer
 from tuner_ltxvideo2.audio_latents import AudioDecoder, AudioLatentEncoder
 from tuner_ltxvideo2.options import LTX2Options
-from tuner_ltxvideo2.text import TextEncoder
+from tuner_ltxvideo2.text import MAX_TOKENS, TextEncoder
 from tuner_ltxvideo2.variants import variant_of
 from tuner_ltxvideo2.video_latents import VideoDecoder, VideoLatentEncoder
 
@@ -82,7 +84,9 @@ class LTX2Family(ModelFamily):
             adapter_targets=len(target_names(headers, streams)),
         )
 
-    def encoders(self, source: WeightSource, streams: Sequence[str]) -> Sequence[LatentEncoder]:
+    def encoders(
+        self, source: WeightSource, streams: Sequence[str], companions: frozenset[str] = frozenset()
+    ) -> Sequence[LatentEncoder]:
         variant = variant_of(source)
         wanted: list[LatentEncoder] = [TextEncoder(source, variant, self.context.dtype, self.text_encoder)]
         if "video" in streams:
@@ -103,16 +107,23 @@ class LTX2Family(ModelFamily):
         return {"audio": self.options.audio_loss_weight}
 
     # --- the training model --------------------------------------------------------------------------------------
-    def load(self, source: WeightSource, streams: Sequence[str], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def load(
+        self, source: WeightSource, streams: Sequence[str], dtype: torch.dtype, device: torch.device, placement: Placement | None = None
+    ) -> nn.Module:
         """Frozen and in evaluation mode; modules that `streams` do not need are neither read nor there."""
-        model = loading.build_part(
-            source, "transformer", variant_of(source), dtype=dtype, device=device, skip=transformer.skip_for(streams)
+        return loading.build_part(
+            source, "transformer", variant_of(source), dtype=dtype, device=device, placement=placement,
+            prepare=lambda model: transformer.drop_unused(model, streams),
         )
-        transformer.drop_unused(model, streams)
-        return model
 
     def collate(self, samples: Sequence[Sample], streams: Sequence[str]) -> Batch:
         return inputs.collate(samples, streams, seed=self.context.seed, i2v_probability=self.options.i2v_conditioning_probability)
+
+    def dummy_batch(
+        self, model: nn.Module, shape: ClipShape, batch_size: int, streams: Sequence[str], device: torch.device
+    ) -> tuple[Batch, Noise]:
+        widths = transformer.text_widths(model, streams)
+        return inputs.dummy_batch(shape, batch_size, {name: (MAX_TOKENS, widths[name]) for name in streams}, self.context.dtype, device)
 
     def enter(self, model: nn.Module, batch: Batch, noise: Noise) -> BlockState:
         return transformer.enter(model, batch, noise, self._tables)

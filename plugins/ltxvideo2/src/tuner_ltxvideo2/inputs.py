@@ -5,16 +5,18 @@ Dimensions: B samples, C latent channels, F H W latent frames, rows, columns, S 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tuner.data.randomness import uniform
 from tuner.errors import DataError
-from tuner.interfaces.family import Batch, Sample, StreamBatch
+from tuner.interfaces.family import Batch, ClipShape, Noise, Sample, StreamBatch, StreamNoise
 
-AUDIO_CHANNELS = 128
+CHANNELS = 128
+"""Of a latent token of either stream."""
+AUDIO_CHANNELS = CHANNELS
 """8 latent channels times 16 latent mel bins."""
 AUDIO_LATENTS_PER_SECOND = 25.0
 """16,000 samples a second / hop 160 / 4."""
@@ -40,8 +42,13 @@ def video_grid(frames: int, height: int, width: int) -> tuple[int, int, int]:
 
 
 def audio_length(frames: int, frame_rate: float) -> int:
-    """Audio latents that cover a clip: 25 a second, at least one."""
-    return max(1, round(AUDIO_LATENTS_PER_SECOND * frames / frame_rate))
+    """Audio latents that cover a clip."""
+    return audio_latents(frames / frame_rate)
+
+
+def audio_latents(seconds: float) -> int:
+    """Audio latents that cover so many seconds: 25 a second, at least one."""
+    return max(1, round(AUDIO_LATENTS_PER_SECOND * seconds))
 
 
 # --- the batch ---------------------------------------------------------------------------------------------------
@@ -57,6 +64,26 @@ def collate(samples: Sequence[Sample], streams: Sequence[str], *, seed: int = 0,
         parts["audio"] = _audio(samples, required="video" not in streams)
     text = {name: _stack([_tensor(sample, "text", name) for sample in samples], samples, f"text {name}") for name in parts}
     return Batch(tuple(samples), parts, text, tuple(sample.frame_rate for sample in samples))
+
+
+def dummy_batch(
+    shape: ClipShape, batch_size: int, text: Mapping[str, tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> tuple[Batch, Noise]:
+    """Random tokens of the streams in `text` (stream -> tokens and channels of a caption) in the shapes that `shape` gives."""
+    grids = {"video": video_grid(shape.frames, shape.height, shape.width), "audio": (audio_latents(shape.seconds), 1, 1)}
+    streams, noises, captions = {}, {}, {}
+    for name, (tokens, width) in text.items():
+        if name == "video" and not shape.frames:
+            continue
+        frames, height, columns = grids[name]
+        latents = torch.randn(batch_size, frames * height * columns, CHANNELS, device=device)
+        streams[name] = StreamBatch(latents, grids[name])
+        noises[name] = StreamNoise(torch.full((batch_size,), 0.5, device=device), latents, latents, latents)
+        captions[name] = torch.randn(batch_size, tokens, width, dtype=dtype, device=device)
+    sample = Sample(
+        "dummy", "dummy", 0, 0, shape.frame_rate, shape.frames, shape.height, shape.width, {}, seconds=shape.seconds
+    )
+    return Batch((sample,) * batch_size, streams, captions, (shape.frame_rate,) * batch_size), Noise(noises)
 
 
 def _tensor(sample: Sample, record: str, name: str) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from tuner.errors import CheckpointError
 from tuner.interfaces.family import Variant
+from tuner.interfaces.memory import Placement
 from tuner.interfaces.services import Loader, TensorHeader, WeightSource
 from tuner_ltxvideo2.keys import PARTS, join_original, split_original, to_diffusers
 from tuner_ltxvideo2.stored import StoredFile, StoredTensor, fingerprint_tensors, read_header, weight_files
@@ -39,6 +40,7 @@ _CLASSES: Final[Mapping[str, type[nn.Module]]] = {
     "vocoder": LTX2Vocoder,
 }
 _PLAIN_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
+_BLOCKS: Final = "transformer_blocks"
 _STATISTICS: Final = frozenset({"latents_mean", "latents_std"})
 _NAMED: Final = 8
 """How many keys an error names; the total is always given."""
@@ -148,24 +150,52 @@ def build_part(
     dtype: torch.dtype,
     device: torch.device,
     skip: Callable[[str], bool] | None = None,
+    prepare: Callable[[nn.Module], None] | None = None,
+    placement: Placement | None = None,
 ) -> nn.Module:
     """The module of `part` with its weights on `device` in `dtype`, in evaluation mode, needing no gradient.
 
-    Parameters for whose name `skip` is true are not read: they stay on the meta device, and the caller deletes their modules.
+    Parameters for whose name `skip` is true are not read: they stay on the meta device, and the caller deletes their modules, or
+    `prepare` does so before anything is read. With a `placement` the blocks in `transformer_blocks` are read one by one, last of
+    all, onto `placement.reading`, and handed over.
     The statistics that normalise latents stay float32 in any case: they are read once per clip and cost nothing.
     Raises `CheckpointError` when a tensor that the module needs is not stored, or one that is stored has no place.
     """
     module = empty_part(part, variant)
     _check_part(_shapes(module), part, source.headers(part))
+    if prepare is not None:
+        prepare(module)
     wanted = [name for name in module.state_dict() if skip is None or not skip(name)]
-    for name, tensor in source.tensors(part, wanted):
-        kept = torch.float32 if name.rpartition(".")[2] in _STATISTICS else dtype
-        _assign(module, name, tensor.to(device=device, dtype=kept))
+    blocks = _by_block(wanted) if placement is not None else {}
+    inside = {name for names in blocks.values() for name in names}
+    _read_into(module, source, part, [name for name in wanted if name not in inside], dtype, device)
+    for index, names in blocks.items():
+        assert placement is not None
+        _read_into(module, source, part, names, dtype, placement.reading)
+        block = module.get_submodule(f"{_BLOCKS}.{index}").eval().requires_grad_(False)
+        placement.received(index, block)
     if isinstance(module, LTX2VocoderWithBWE):
         # Its resampling filter is not stored: it follows from the rates, so it is made here, off the meta device.
         ratio = module.config.output_sampling_rate // module.config.input_sampling_rate
         module.resampler = UpSample1d(ratio=ratio, window_type="hann", persistent=False).to(device=device)
     return module.eval().requires_grad_(False)
+
+
+def _by_block(names: Iterable[str]) -> dict[int, list[str]]:
+    """Index of a block -> the names in it, in order of the blocks."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        if name.startswith(_BLOCKS + "."):
+            found.setdefault(int(name.split(".")[1]), []).append(name)
+    return dict(sorted(found.items()))
+
+
+def _read_into(
+    module: nn.Module, source: WeightSource, part: str, names: Sequence[str], dtype: torch.dtype, device: torch.device
+) -> None:
+    for name, tensor in source.tensors(part, names):
+        kept = torch.float32 if name.rpartition(".")[2] in _STATISTICS else dtype
+        _assign(module, name, tensor.to(device=device, dtype=kept))
 
 
 def empty_part(part: str, variant: Variant) -> nn.Module:

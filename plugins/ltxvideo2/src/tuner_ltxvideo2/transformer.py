@@ -105,6 +105,14 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     return list(blocks)
 
 
+def text_widths(model: Any, streams: Sequence[str]) -> dict[str, int]:
+    """Stream -> channels of the encoded captions that it takes."""
+    if model.config.use_prompt_embeddings:
+        return dict.fromkeys(streams, int(model.config.caption_channels))
+    block = transformer_blocks(model)[0]
+    return {side.name: int(side.of(block, "attn2").to_k.in_features) for side in SIDES if side.name in streams}
+
+
 # --- positions ---------------------------------------------------------------------------------------------------
 class RotaryTables:
     """Rotary tables (cos, sin), fp32, built once per rotary module, grid, frame rate and device.
