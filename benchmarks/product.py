@@ -7,55 +7,76 @@ Nothing here is special to the benchmark but the weights and the data: adapters,
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plain import REAL, TINY, Shape, Size, StepFunction, default_dtype
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.builtins.optimizers import AdamW
 from tuner.builtins.options import AdamOptions
-from tuner.config.settings import AdapterSettings, TrainSettings
+from tuner.component import Component
+from tuner.config.resolve import resolve
+from tuner.config.settings import AdapterSettings, ModelSettings, TrainSettings
 from tuner.data.prefetch import Prefetcher
 from tuner.interfaces.family import Batch, BuildContext, Noise, Sample, StreamBatch
+from tuner.interfaces.memory import Placement
 from tuner.model.adapters import add_adapters
+from tuner.model.placing import RunMemory
 from tuner.model.runner import BlockRunner, Checkpointing
+from tuner.plugins.loader import load_plugins
+from tuner.train.execute import GraphExecution, PlainExecution
 from tuner.train.masters import MasterWeights
 from tuner.train.noise import NoiseSampler
 from tuner.train.placement import to_device
-from tuner.train.step import TrainingModel, train_step
+from tuner.train.step import TrainingModel
 from tuner_ltxvideo2.family import LTX2Family
 from tuner_ltxvideo2.options import LTX2Options
-from tuner_ltxvideo2.transformer import drop_audio
+from tuner_ltxvideo2.transformer import drop_unused
 
 RANK = 32
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the step is held and carried out, in the words of config.json."""
+
+    checkpointing: bool = True
+    video_only: bool = False
+    graphs: bool = False
+    """Replay forward and backward as a CUDA graph."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Memory and precision keys, such as {"musubi_blocks_to_swap": "47"}."""
 
 
 class ProductStep:
     """Model, optimizer and one batch."""
 
-    def __init__(self, shape: Shape, checkpointing: bool, video_only: bool, device: torch.device, size: Size) -> None:
-        from diffusers import LTX2VideoTransformer3DModel
-
+    def __init__(self, shape: Shape, setup: Setup, device: torch.device, size: Size) -> None:
         torch.manual_seed(0)
         self.device = device
-        self.streams = ("video",) if video_only else ("video", "audio")
+        self.streams = ("video",) if setup.video_only else ("video", "audio")
         self.family = LTX2Family(LTX2Options(), BuildContext(device, torch.bfloat16, 0, 0, Path()))
         config = REAL if size == "real" else TINY
-        with default_dtype(torch.bfloat16), device:
-            model = LTX2VideoTransformer3DModel(**config)
-        if video_only:
-            drop_audio(model)
-        model.requires_grad_(False)
+        self.placement = open_memory(setup.keys, device).open("transformer", int(str(config.get("num_layers", 48))), device)
+        model = build_model(config, self.streams, self.placement, device)
         targets = [name for name in self.family.adapter_targets(model, self.streams) if ".attn" in name or "_attn" in name]
         add_adapters(model, targets, AdapterSettings(lora_rank=RANK, lora_alpha=RANK), 0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(device)
         blocks = self.family.block_set(model)
-        policy = Checkpointing.every(len(blocks)) if checkpointing else Checkpointing()
-        runner = BlockRunner(blocks, self.family.call_block, checkpointing=policy)
-        self.run = TrainingModel(self.family, model, runner, [FlowMatchingLoss(name) for name in self.streams])
+        self.session = self.placement.attach(blocks)
+        policy = Checkpointing.every(len(blocks)) if setup.checkpointing else Checkpointing()
+        self.runner = BlockRunner(blocks, self.family.call_block, checkpointing=policy, session=self.session)
+        run = TrainingModel(self.family, model, self.runner, [FlowMatchingLoss(name) for name in self.streams])
+        self.run = run
         self.masters = MasterWeights({n: p for n, p in model.named_parameters() if p.requires_grad}, low_precision=False)
+        self.execution = GraphExecution(run, self.masters) if setup.graphs else PlainExecution(run, self.masters)
         self.optimizer = AdamW(self.masters.optimized(), 1e-4, AdamOptions())
         drawn = self._batch(shape, int(model.config.caption_channels))
         self.batch = to_device(drawn, device)
@@ -69,6 +90,17 @@ class ProductStep:
         self.feed = Prefetcher(draw)
         self.steps = 0
 
+    def draw(self) -> Noise:
+        """The next draws, on the device."""
+        return to_device(next(self.feed), self.device)
+
+    def close(self) -> None:
+        """Frees everything; the step must not be called afterwards."""
+        self.feed.close()
+        self.placement.close()
+        self.__dict__.clear()
+        gc.collect()
+
     def _batch(self, shape: Shape, text_width: int) -> Batch:
         counts = {"video": shape.video_tokens, "audio": shape.audio_tokens}
         grids = {"video": shape.grid, "audio": (shape.audio_tokens, 1, 1)}
@@ -81,32 +113,73 @@ class ProductStep:
 
     def __call__(self) -> Tensor:
         """What `tuner.train.loop` does in a step: draws, forward, backward, clip, optimizer, publish."""
-        noise = to_device(next(self.feed), self.device)
-        result = train_step(self.run, self.batch, noise, self.steps)
-        result.loss.backward()  # type: ignore[no-untyped-call]
-        self.masters.collect()
+        noise = self.draw()
+        result = self.execution(self.batch, noise, self.steps, 1.0)
         self.masters.clip_(1.0)
         self.optimizer.step()
         self.masters.publish()
         for parameter in self.masters.optimized():
             parameter.grad = None
         self.steps += 1
-        return result.loss.detach()
+        return result.loss.detach().clone()
 
 
-def product_step_factory(
-    shape: Shape, checkpointing: bool, video_only: bool, device: torch.device, size: Size
-) -> tuple[StepFunction, Callable[[], None]]:
+def open_memory(keys: Mapping[str, str], device: torch.device) -> RunMemory:
+    """The strategies and quantizers that `keys` switch on, found and built as a run does."""
+    if not keys:
+        return RunMemory()
+    registry = load_plugins()
+    settings = resolve(registry.option_types, flags=dict(keys))
+    context = BuildContext(device, torch.bfloat16, 0, 0, Path())
+
+    def build(component: Component) -> Any:
+        return component.load()(settings.get(component.options), context)  # type: ignore[operator]
+
+    strategies = [build(c) for c in registry.components("memory_strategy") if settings.get(c.options).enabled()]
+    precision = settings.get(ModelSettings).base_model_precision
+    quantizers = {} if precision == "no_change" else {"transformer": build(registry.component("quantizer", precision))}
+    return RunMemory(strategies, quantizers)
+
+
+def build_model(config: Mapping[str, object], streams: Sequence[str], placement: Placement, device: torch.device) -> Any:
+    """The transformer with random weights, made as a loader makes it: block by block through `placement`."""
+    from diffusers import LTX2VideoTransformer3DModel
+
+    with torch.device("meta"), default_dtype(torch.bfloat16):
+        model = LTX2VideoTransformer3DModel(**config)
+    drop_unused(model, streams)
+    blocks = list(model.transformer_blocks)
+    inside = {id(module) for block in blocks for module in block.modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            fill(module, device)
+    for index, block in enumerate(blocks):
+        for module in block.modules():
+            fill(module, placement.reading)
+        placement.received(index, block.requires_grad_(False))
+    model.requires_grad_(False)
+    return model
+
+
+def fill(module: nn.Module, device: torch.device) -> None:
+    """Gives the module's own meta parameters small random values on `device`."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.is_meta:
+            # On a host, drawing 19 B normal numbers would take minutes; repeating a short draw does not change what is measured.
+            drawn = torch.randn(min(parameter.numel(), 1 << 20), dtype=torch.bfloat16, device=device).mul_(0.02)
+            value = drawn.repeat(-(-parameter.numel() // drawn.numel()))[: parameter.numel()].view(parameter.shape)
+            setattr(module, name, nn.Parameter(value.clone(), requires_grad=False))
+
+
+def product_step_factory(shape: Shape, setup: Setup, device: torch.device, size: Size) -> tuple[StepFunction, Callable[[], None]]:
     """The step, and what frees its memory. After the second is called the first must not be."""
-    held = [ProductStep(shape, checkpointing, video_only, device, size)]
+    held = [ProductStep(shape, setup, device, size)]
 
     def step() -> Tensor:
         return held[0]()
 
     def cleanup() -> None:
-        held[0].feed.close()
-        held.clear()
-        gc.collect()
+        held.pop().close()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -3,8 +3,9 @@
     python benchmarks/step.py --work head                  # the comparison at real size, random weights; wants a GPU of 80 GB
     python benchmarks/step.py --size tiny --steps 3        # the same program on a CPU, to see that it runs; its times mean nothing
 
-Peak memory counts what torch has allocated, weights included, from the first timed step on. The peer is freed before tuner's side
-is built. The ratio is against the faster of the two peers; video-only has no peer that leaves the audio branch out.
+Peak memory counts what torch has allocated, weights and warm-up included: what a graph holds is allocated when it is captured. The
+peer is freed before tuner's side is built. The ratio is against the faster of the two peers; video-only has no peer that leaves the
+audio branch out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import torch
 
 from plain import WORK, LoraDtype, Shape, StepFunction, plain_step_factory
 
-WARM_UP = 3
+WARM_UP = 5
+"""Enough for a graph to be captured."""
 GIB = 1024**3
 PEERS: dict[LoraDtype, str] = {"bf16": "diffusers + peft, LoRA in bf16", "fp32": "diffusers + peft, LoRA in fp32, autocast"}
 
@@ -54,11 +56,11 @@ def synchronize(device: torch.device) -> None:
 
 def measure(name: str, step: StepFunction, device: torch.device, steps: int) -> Row:
     """Times `steps` steps one by one after a warm-up. Raises `FloatingPointError` when the loss is not finite."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     for _ in range(WARM_UP):
         step()
     synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     times = []
     for _ in range(steps):
         started = time.perf_counter()
@@ -91,10 +93,12 @@ def peer_rows(shape: Shape, arguments: argparse.Namespace, device: torch.device)
 
 def product_row(shape: Shape, arguments: argparse.Namespace, device: torch.device) -> Row:
     """tuner's own step."""
-    from product import product_step_factory  # tuner is not needed to time the peer alone
+    from product import Setup, product_step_factory  # tuner is not needed to time the peer alone
 
-    made = product_step_factory(shape, arguments.checkpointing, arguments.video_only, device, arguments.size)
-    return measure_and_free("tuner, video only" if arguments.video_only else "tuner", made, device, arguments.steps)
+    setup = Setup(arguments.checkpointing, arguments.video_only, arguments.cuda_graphs)
+    made = product_step_factory(shape, setup, device, arguments.size)
+    name = "tuner" + ", video only" * arguments.video_only + ", CUDA graph" * arguments.cuda_graphs
+    return measure_and_free(name, made, device, arguments.steps)
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
@@ -129,6 +133,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--peer", action=yes_or_no, default=True, help="measure diffusers + peft")
     parser.add_argument("--product", action=yes_or_no, default=True, help="measure tuner")
     parser.add_argument("--video_only", action="store_true", help="tuner trains the video stream alone")
+    parser.add_argument("--cuda_graphs", action="store_true", help="tuner replays the step as a CUDA graph")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1:

@@ -69,8 +69,10 @@ def write_clip(
     pix_fmt: str = "yuv420p",
     sound_codec: str = "aac",
     aspect: Fraction | None = None,
+    key_every: int | None = None,
 ) -> Path:
-    """Writes numbered frames. `times`: presentation times in seconds (variable rate); `sound_start`: when the sound begins."""
+    """Writes numbered frames. `times`: presentation times in seconds (variable rate); `sound_start`: when the sound begins;
+    `key_every`: frames from one key frame to the next."""
     path.parent.mkdir(parents=True, exist_ok=True)
     width, height = size
     with av.open(str(path), "w") as container:
@@ -78,6 +80,8 @@ def write_clip(
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
+        if key_every:
+            stream.codec_context.gop_size = key_every
         base = Fraction(1, 90000) if times else 1 / Fraction(rate)
         stream.codec_context.time_base = base
         voice = container.add_stream(sound_codec, rate=sound_rate, layout=layout) if sound is not None else None
@@ -103,16 +107,43 @@ def _write_sound(container, voice, sound, rate, layout, start):  # type: ignore[
     container.mux(voice.encode(None))
 
 
-def turn_clockwise(path: Path) -> Path:
-    """Makes players show the mp4 at `path` turned by 90 degrees clockwise, as phones do for upright films.
+TURNS = {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}
+"""Clockwise quarter turns -> (a, b, c, d) of x' = a·x + c·y, y' = b·x + d·y."""
 
-    Writes the matrix (0, 1, -1, 0) into the picture track's header: there, x' = a·x + c·y and y' = b·x + d·y in 16.16 fixed point.
-    """
+
+def turn_clockwise(path: Path, quarters: int = 1) -> Path:
+    """Makes players show the mp4 at `path` turned clockwise, as phones do for upright films: the matrix in the picture track's header,
+    in 16.16 fixed point."""
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4
     version = data[at]
     matrix = at + (4 + 8 + 8 + 4 + 4 + 8 if version else 4 + 4 + 4 + 4 + 4 + 4) + 8 + 2 + 2 + 2 + 2
-    values = (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    a, b, c, d = (value << 16 for value in TURNS[quarters])
+    values = (a, b, 0, c, d, 0, 0, 0, 1 << 30)
     data[matrix : matrix + 36] = b"".join(v.to_bytes(4, "big", signed=True) for v in values)
     path.write_bytes(bytes(data))
+    return path
+
+
+def write_sound(path: Path, sound: NDArray[np.float32], rate: int, codec: str, cover: NDArray[np.uint8] | None = None) -> Path:
+    """Writes sound alone, (1 or 2, N). `cover`: a picture to attach, as music files have it."""
+    layout = "mono" if sound.shape[0] == 1 else "stereo"
+    with av.open(str(path), "w") as container:
+        voice = container.add_stream(codec, rate=rate, layout=layout)
+        if cover is not None:
+            art = container.add_stream("png", rate=1)
+            art.height, art.width, art.pix_fmt = cover.shape[0], cover.shape[1], "rgb24"
+            art.disposition = av.stream.Disposition.attached_pic
+            container.mux(art.encode(av.VideoFrame.from_ndarray(cover, format="rgb24")))
+            container.mux(art.encode(None))
+        resampler = av.AudioResampler(voice.codec_context.format.name, layout, rate)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound), "fltp", layout)
+        frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
+        size = voice.codec_context.frame_size or 1024
+        fifo = av.AudioFifo()
+        for part in resampler.resample(frame):
+            fifo.write(part)
+        while (piece := fifo.read(size, partial=True)) is not None:
+            container.mux(voice.encode(piece))
+        container.mux(voice.encode(None))
     return path

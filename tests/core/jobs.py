@@ -18,11 +18,13 @@ def letters(path: Path) -> int:
 
 
 def act(path: Path, what: str) -> int:
-    """`letters`, or a decoder that never answers, or one that takes its process along."""
+    """`letters`, or a decoder that never answers, one that takes its process along, or one that finds no memory."""
     if what == "hang":
         threading.Event().wait()
     if what == "die":
         os._exit(41)
+    if what == "hunger":
+        raise MemoryError
     return letters(path)
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from tuner.builtins.plugin import tuner_register_quantizers
+from tuner.config.options import Options
 from tuner.config.settings import AdapterSettings
 from tuner.errors import CheckpointError, ConfigError
 from tuner.interfaces.services import AdapterState
@@ -148,6 +150,52 @@ def test_dropout_works_on_the_adapters_input_in_training_only() -> None:
     x = torch.randn(2, 8)
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
+
+
+def quantized_pair(precision: str) -> nn.ModuleDict:
+    """Two layers of 64 x 64 in bfloat16; `precision` empty: not quantized."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pair = nn.ModuleDict({"first": nn.Linear(64, 64), "second": nn.Linear(64, 64)}).bfloat16()
+    if precision:
+        (component,) = (c for c in tuner_register_quantizers() if c.name == precision)
+        component.load()(Options(), None).quantize(pair)  # type: ignore[operator]
+    return pair
+
+
+@pytest.mark.parametrize("precision", ["int8-torchao", "int4-torchao", "int4-quanto"])
+def test_over_quantized_layers_it_is_the_same_plain_adapter(precision: str) -> None:
+    plain, model = quantized_pair(""), quantized_pair(precision)
+    dense = model["first"].dense(torch.bfloat16)  # type: ignore[operator]
+    for each in (plain, model):
+        add_adapters(each, ["first", "second"], SETTINGS, seed=5)
+    trained = {name: (p.dtype, p.shape, type(p)) for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name: (p.dtype, p.shape, type(p)) for name, p in plain.named_parameters() if p.requires_grad}
+    assert [type(layer) for layer in adapted_layers(model).values()] == [type(layer) for layer in adapted_layers(plain).values()]
+    before, after = (adapter_state(each, 4, 2.0).weights for each in (plain, model))
+    assert all(torch.equal(a, b) for name in before for a, b in zip(before[name], after[name], strict=True))
+    adapter = adapted_layers(model)["first"]
+    with torch.no_grad():
+        adapter.lora_B["default"].weight.fill_(0.5)
+    x = torch.randn(3, 64).bfloat16()
+    update = nn.functional.linear(nn.functional.linear(x, adapter.lora_A["default"].weight), adapter.lora_B["default"].weight)
+    base = nn.functional.linear(x, dense, adapter.get_base_layer().bias)
+    assert torch.equal(adapter(x), base + update * (2.0 / 4))
+    with disable_adapters(model):
+        assert torch.equal(adapter(x), base)
+    adapter(x).sum().backward()
+    assert adapter.lora_A["default"].weight.grad is not None and adapter.get_base_layer().weight.grad is None
+    with pytest.raises(ConfigError, match="not merged into quantized weights"):
+        adapter.merge()
+
+
+def test_into_plain_weights_an_adapter_can_be_merged() -> None:
+    model = adapted()
+    x = torch.randn(2, 8)
+    before = model(x)
+    for layer in adapted_layers(model).values():
+        layer.merge()
+    torch.testing.assert_close(model(x), before)
 
 
 def test_state_round_trip() -> None:

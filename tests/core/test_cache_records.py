@@ -16,14 +16,14 @@ from core.encoders import GEOMETRY
 from tuner.data.buckets import Bucket
 from tuner.data.cache import MissingRecord, RecordCache, record_key
 from tuner.data.manifest import Item
-from tuner.data.records import audio_source, video_source
+from tuner.data.records import SourceFile, audio_source, source_key, video_source
 from tuner.errors import DiskError
 from tuner.interfaces.encoders import Record
 
 KEY = "ab" + "0" * 62
 values = st.one_of(st.integers(), st.booleans(), st.text(max_size=8), st.floats(allow_nan=False, allow_infinity=False))
 settings = st.dictionaries(st.text(max_size=8), values, max_size=4)
-FIELDS = ("content", "frame_rate", "frames", "width", "height", "mono", "caption", "path", "dataset", "repeats", "cache_dir")
+FIELDS = ("content", "frame_rate", "frames", "width", "height", "start", "mono", "caption", "path", "dataset", "repeats", "cache_dir")
 ITEM = Item("clips", Path("a.mp4"), "c0ffee", "a cat", Bucket(96, 64, 17), 25.0, True, False, False, 0, Path("cache"))
 
 
@@ -31,6 +31,11 @@ def record(seed: int = 0) -> Record:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(4, 3, 2, 2, generator=generator)
     return Record({"latents": latents.bfloat16(), "mask": torch.ones(5), "count": torch.tensor(3), "none": torch.zeros(0, 2)}, {"cut": "7"})
+
+
+def key(source: SourceFile | None) -> dict:
+    assert source is not None
+    return source_key(source, GEOMETRY)
 
 
 @given(settings, settings, st.sampled_from(["video", "text"]))
@@ -50,11 +55,11 @@ def test_exactly_the_changes_that_matter_change_the_name(field: str) -> None:
         "content": replace(ITEM, content="beef"), "frame_rate": replace(ITEM, frame_rate=24.0), "mono": replace(ITEM, mono=True),
         "frames": replace(ITEM, bucket=Bucket(96, 64, 9)), "width": replace(ITEM, bucket=Bucket(64, 64, 17)),
         "height": replace(ITEM, bucket=Bucket(96, 32, 17)), "caption": replace(ITEM, caption="a dog"),
-        "path": replace(ITEM, path=Path("b.mp4")),
+        "path": replace(ITEM, path=Path("b.mp4")), "start": replace(ITEM, start=0.5),
         "dataset": replace(ITEM, dataset="other"), "repeats": replace(ITEM, repeats=3), "cache_dir": replace(ITEM, cache_dir=Path("x")),
     }[field]  # fmt: skip
-    assert (video_source(changed) != video_source(ITEM)) == (field in FIELDS[:5])
-    assert (audio_source(changed, GEOMETRY) != audio_source(ITEM, GEOMETRY)) == (field in ("content", "frame_rate", "frames", "mono"))
+    assert (key(video_source(changed)) != key(video_source(ITEM))) == (field in FIELDS[:6])
+    assert (key(audio_source(changed)) != key(audio_source(ITEM))) == (field in ("content", "frame_rate", "frames", "start", "mono"))
     assert (changed.key != ITEM.key) == (field not in ("path", "dataset", "repeats", "cache_dir"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from tuner.data.dataset import TrainingSet
 from tuner.data.manifest import Manifest, scan
 from tuner.data.records import RecordPlaces
 from tuner.data.workers import DecodeWorkers
-from tuner.errors import DataError, PluginError
+from tuner.errors import DataError, OutOfMemoryError, PluginError
 from tuner.interfaces.encoders import Record, Source
 from tuner.train.caching import CacheSummary, fill_cache
 
@@ -173,10 +173,91 @@ def test_encoders_are_unloaded_after_any_error(clips: Path, workers: DecodeWorke
         assert (encoder.loads, encoder.unloads) == (1, 1)
 
 
-def test_out_of_memory_names_the_phase(clips: Path, workers: DecodeWorkers) -> None:
-    with pytest.raises(Exception, match="encode with 'video'") as caught:
-        fill_cache(find(workers), [Broken(torch.OutOfMemoryError("full"))], CPU, workers=workers)
-    assert getattr(caught.value, "exit_code", None) == 5
+class Hungry(Pictures):
+    """Takes `fits` clips at once; after each of `ways` one more. The last way may give other records."""
+
+    def __init__(self, fits: int, ways: tuple[str, ...] = (), lacking: BaseException | None = None, other: bool = False) -> None:
+        super().__init__()
+        self.fits, self.ways, self.other = fits, list(ways), other
+        self.lacking = lacking or torch.OutOfMemoryError("full")
+
+    def reduce_memory(self) -> str | None:
+        if not self.ways:
+            return None
+        self.fits += 1
+        if self.other and len(self.ways) == 1:
+            self.scale = 2.0
+        return self.ways.pop(0)
+
+    def encode(self, sources: Sequence[Source]) -> list[Record]:
+        if len(sources) > self.fits:
+            raise self.lacking
+        return super().encode(sources)
+
+
+def latents(manifest: Manifest, encoder: Pictures) -> torch.Tensor:
+    places = RecordPlaces([encoder], GEOMETRY, manifest.text_cache)
+    return torch.stack([places.read(item, "")["video"].tensors["latents"] for item in manifest.items])
+
+
+def test_what_does_not_fit_is_encoded_in_smaller_batches_then_in_other_ways(clips: Path, workers: DecodeWorkers) -> None:
+    manifest = find(workers)
+    fill_cache(manifest, [plain := Pictures()], CPU, batch_size=4, workers=workers)
+    expected = latents(manifest, plain)
+    shutil.rmtree("cache")
+    encoder = Hungry(1)
+    summary = fill_cache(manifest, [encoder], CPU, batch_size=4, workers=workers)
+    assert counts(summary) == (4, 0, 4, 0) and encoder.batches == [1, 1, 1, 1]
+    assert [notice.partition(":")[2].partition(":")[0] for notice in summary.notices] == [
+        " vae_batch_size 4 -> 2",
+        " vae_batch_size 2 -> 1",
+    ]
+    assert torch.equal(latents(manifest, encoder), expected)
+    shutil.rmtree("cache")
+    encoder = Hungry(-1, ("slices", "chunks"))
+    summary = fill_cache(manifest, [encoder], CPU, batch_size=1, workers=workers)
+    assert encoder.batches == [1] * 4 and encoder.loads == encoder.unloads == 1
+    assert [("slices" in notice, "chunks" in notice) for notice in summary.notices] == [(True, False), (False, True)]
+    assert all(notice in summary.describe() for notice in summary.notices) and summary.facts()["notices"] == list(summary.notices)
+    assert torch.equal(latents(manifest, encoder), expected)
+
+
+def test_a_way_that_gives_other_records_makes_all_of_them_anew(clips: Path, workers: DecodeWorkers) -> None:
+    """The third clip is too much: what was made before it has other names than what comes after, so all are made in the new way."""
+
+    class Tired(Hungry):
+        def encode(self, sources: Sequence[Source]) -> list[Record]:
+            self.fits = self.fits if len(self.batches) != 2 or self.scale == 2.0 else 0
+            return super().encode(sources)
+
+    manifest = find(workers)
+    encoder = Tired(1, ("tiles",), other=True)
+    summary = fill_cache(manifest, [encoder], CPU, batch_size=1, workers=workers)
+    assert counts(summary) == (4, 0, 4, 0) and sum(encoder.batches) == 6 and encoder.loads == 1
+    doubled = latents(manifest, encoder)
+    shutil.rmtree("cache")
+    fill_cache(manifest, [plain := Pictures()], CPU, workers=workers)
+    assert torch.equal(doubled, 2 * latents(manifest, plain))
+
+
+def test_out_of_memory_names_clip_size_and_keys(clips: Path, workers: DecodeWorkers) -> None:
+    encoder = Hungry(0)
+    with pytest.raises(OutOfMemoryError, match="device memory to encode it with 'video': 9 frames of 64x64") as caught:
+        fill_cache(find(workers), [encoder], CPU, batch_size=2, workers=workers)
+    assert caught.value.exit_code == 5 and caught.value.where.endswith(".mp4") and "resolution" in caught.value.remedy
+    assert encoder.unloads == 1
+
+
+@pytest.mark.parametrize("lacking", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")])
+def test_a_source_that_host_memory_cannot_hold_is_left_out(clips: Path, workers: DecodeWorkers, lacking: BaseException) -> None:
+    class Picky(Hungry):
+        def encode(self, sources: Sequence[Source]) -> list[Record]:
+            self.fits = 0 if any(source.frames[3].max() > 254 and source.frames[3][0, 0].min() > 200 for source in sources) else 9  # type: ignore[union-attr]
+            return super().encode(sources)
+
+    summary = fill_cache(find(workers), [Picky(9, lacking=lacking)], CPU, batch_size=4, workers=workers)
+    assert counts(summary) == (4, 0, 3, 1)
+    assert [(item.path.name, "host memory" in error.message) for item, error in summary.failures.items()] == [("3.mp4", True)]
 
 
 def test_same_clip_twice_is_encoded_once(clips: Path, workers: DecodeWorkers) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from fractions import Fraction
@@ -55,10 +56,11 @@ def clips(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def entries(settings: DataSettings = SETTINGS, **changes: object) -> list[DatasetEntry]:
-    import json
+    return read([{"id": "clips", "instance_data_dir": "clips", "video": {"num_frames": 17}, **changes}], settings)
 
-    raw = {"id": "clips", "instance_data_dir": "clips", "video": {"num_frames": 17}, **changes}
-    Path("datasets.json").write_text(json.dumps([raw]))
+
+def read(raw: list[dict[str, object]], settings: DataSettings = SETTINGS) -> list[DatasetEntry]:
+    Path("datasets.json").write_text(json.dumps(raw))
     return load_datasets(Path("datasets.json"), None, settings, {})
 
 
@@ -84,7 +86,7 @@ def test_verdicts_reasons_and_totals(clips: Path, workers: DecodeWorkers) -> Non
     by_name = {item.path.stem: item for item in manifest.items}
     assert by_name["a_sound"].has_audio and not by_name["b_silent"].has_audio
     assert by_name["b_silent"].caption == "this is b_silent"
-    assert manifest.bucket_counts() == {Bucket(64, 64, 17): 4}
+    assert manifest.bucket_counts() == {Bucket(64, 64, 17): 4} and str(Bucket(64, 64, 17)) == "64x64@17"
     assert "2 skipped" not in manifest.table() and "1 skipped: too short" in manifest.table()
 
 
@@ -102,6 +104,9 @@ def test_frame_counts(clips: Path, workers: DecodeWorkers) -> None:
     assert lengths(num_frames=33, min_frames=9, frame_interval=20) == {"a": 17, "b": 17, "d": 17, "e": 33, "f": 17}
     assert lengths(num_frames=9, max_frames=25) == {"a": 9, "b": 9, "c": 9, "d": 9, "f": 9}
     assert lengths() == {"a": 25, "b": 25, "c": 9, "d": 25, "e": 49, "f": 25}
+    own = {"bucket_strategy": "resolution_frames"}
+    assert lengths(num_frames=33, **own) == {"a": 25, "b": 25, "c": 9, "d": 25, "e": 33, "f": 25}
+    assert lengths(max_frames=33, frame_interval=9, **own) == {"a": 17, "b": 17, "c": 9, "d": 17, "f": 17}
     assert lengths(num_frames=57, frame_rate=60) == {"a": 57, "b": 57, "d": 57, "e": 57, "f": 57}
 
 

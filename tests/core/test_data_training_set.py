@@ -1,4 +1,4 @@
-"""Batches: every clip repeats + 1 times an epoch, one group a batch, a pure function of (seed, epoch). And the prefetcher."""
+"""Batches: every item repeats + 1 times an epoch or its share of that, one group a batch, from (seed, epoch) alone. And the prefetcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from core.encoders import GEOMETRY, Pictures, Sounds, Words
 from tuner.data.buckets import Bucket
 from tuner.data.cache import MissingRecord
 from tuner.data.dataset import TrainingSet
-from tuner.data.manifest import Item, Manifest, Verdict
+from tuner.data.epochs import plan_epoch
+from tuner.data.items import Companion, Item, Kind, Verdict
+from tuner.data.manifest import Manifest
 from tuner.data.prefetch import Prefetcher
 from tuner.data.randomness import uniform
 from tuner.data.records import RecordPlaces
@@ -32,21 +34,66 @@ def manifest(items: list[Item], cache: Path = Path("cache")) -> Manifest:
     return Manifest(tuple(Verdict(i.dataset, i.path, "used", item=i) for i in items), (), cache, GEOMETRY)
 
 
-mixed = st.lists(st.tuples(st.sampled_from([32, 64]), st.sampled_from([24.0, 25.0]), st.integers(0, 3)), min_size=1, max_size=12)
+def varied(number: int, width: int, kind: Kind, sound: bool, reference: int, repeats: int, entry: tuple[str, float]) -> Item:
+    """A clip, picture or sound of one of several entries, each with a probability."""
+    bucket = Bucket(0, 0, 0, width / 32) if kind == "audio" else Bucket(width, 64, 1 if kind == "image" else 9)
+    beside = (Companion("reference", Path("r"), "0" * 64, bucket._replace(width=width // reference)),) if reference else ()
+    if sound and kind == "video":
+        beside = (Companion("sound", Path("s"), "1" * 64, bucket), *beside)
+    return Item(
+        entry[0], Path(f"{number}.mp4"), f"{number:064x}", "", bucket, 25.0, sound or kind == "audio", False, False, repeats, Path("cache"),
+        kind=kind, companions=beside, probability=entry[1],
+    )  # fmt: skip
+
+
+mixed = st.lists(
+    st.tuples(
+        st.sampled_from([32, 64]), st.sampled_from(["video", "image", "audio"]), st.booleans(), st.sampled_from([0, 0, 1, 2]),
+        st.integers(0, 3), st.sampled_from([("a", 1.0), ("b", 1.0), ("c", 0.5), ("d", 0.3)]),
+    ), min_size=1, max_size=12,
+)  # fmt: skip
 
 
 @given(mixed, st.integers(1, 5), st.integers(0, 3))
-def test_every_clip_comes_repeats_plus_one_times(shapes: list[tuple[int, float, int]], batch_size: int, epoch: int) -> None:
-    items = [item(n, width=w, rate=r, repeats=k) for n, (w, r, k) in enumerate(shapes)]
+def test_every_item_comes_repeats_plus_one_times_or_its_share_of_that(shapes: list[tuple], batch_size: int, epoch: int) -> None:  # type: ignore[type-arg]
+    items = [varied(number, *shape) for number, shape in enumerate(shapes)]
     dataset = TrainingSet(manifest(items), [], batch_size, seed=7)
     plan = dataset.epoch_plan(epoch)
-    expected = Counter((n, k) for n, i in enumerate(items) for k in range(i.repeats + 1))
-    assert Counter((d.item, d.repeat) for batch in plan for d in batch) == expected
-    assert [d.position for batch in plan for d in batch] == list(range(sum(i.repeats + 1 for i in items)))
+    drawn = Counter((d.item, d.repeat) for batch in plan for d in batch)
+    possible = {(n, k) for n, i in enumerate(items) for k in range(i.repeats + 1)}
+    assert set(drawn.values()) == {1} and drawn.keys() <= possible
+    assert {turn for turn in possible if items[turn[0]].probability == 1} <= drawn.keys()
+    for share in {(i.dataset, i.probability, i.group) for i in items}:
+        own = {turn for turn in possible if (items[turn[0]].dataset, items[turn[0]].probability, items[turn[0]].group) == share}
+        assert len(own & drawn.keys()) == max(1, round(share[1] * len(own)))
+    assert [d.position for batch in plan for d in batch] == list(range(len(drawn)))
     assert all(len({items[d.item].group for d in batch}) == 1 and len(batch) <= batch_size for batch in plan)
     smaller = Counter(items[batch[0].item].group for batch in plan if len(batch) < batch_size)
     assert all(count == 1 for count in smaller.values())
     assert len(plan) == dataset.steps_per_epoch == manifest(items).batches_per_epoch(batch_size)
+
+
+KINDS: tuple[tuple[Kind, int], ...] = (("image", 0), ("audio", 0), ("video", 1), ("video", 2))
+
+
+def test_what_shares_a_batch() -> None:
+    """Clips with and without sound do; pictures, sounds, and clips with another reference do not."""
+    plain = varied(0, 64, "video", False, 0, 0, ("a", 1.0))
+    assert varied(1, 64, "video", True, 0, 2, ("b", 0.5)).group == plain.group
+    others = [varied(2, 64, kind, True, r, 0, ("a", 1.0)) for kind, r in KINDS]
+    assert len({i.group for i in (plain, *others)}) == 5 and sorted(i.group for i in (plain, *others))
+
+
+@given(st.integers(1, 7), st.integers(0, 2), st.floats(0.05, 0.95), st.integers(0, 5))
+def test_a_share_takes_all_in_turn(count: int, repeats: int, probability: float, first: int) -> None:
+    items = [varied(n, 64, "video", False, 0, repeats, ("a", probability)) for n in range(count)]
+    total = count * (repeats + 1)
+    taken = max(1, round(probability * total))
+    epochs = [[(d.item, d.repeat) for batch in plan_epoch(items, 2, 3, first + e) for d in batch] for e in range(-(-total // taken))]
+    assert all(len(set(turns)) == len(turns) == taken for turns in epochs)
+    assert len({turn for turns in epochs for turn in turns}) == total
+    counts = Counter(turn for turns in epochs for turn in turns)
+    assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:

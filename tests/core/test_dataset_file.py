@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from tuner.config.datasets import TextEntry, VideoEntry, load_datasets
+from tuner.config.datasets import (
+    AudioEntry,
+    ConditioningEntry,
+    DatasetEntry,
+    EvalEntry,
+    ImageEntry,
+    PictureEntry,
+    TextEntry,
+    VideoEntry,
+    load_datasets,
+)
 from tuner.config.settings import DataSettings
 from tuner.errors import ConfigError, DataError
 
@@ -33,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def load(entries: object, settings: DataSettings | None = None) -> list[VideoEntry | TextEntry]:
+def load(entries: object, settings: DataSettings | None = None) -> list[DatasetEntry]:
     path = Path("datasets.json")
     path.write_text(json.dumps(entries))
     return load_datasets(path, None, settings or DataSettings(), {"model_family": "somefamily", "output_dir": "out"})
@@ -74,24 +85,39 @@ def test_folder_alone_is_one_video_entry(folder: Path) -> None:
 
 
 def test_disabled_entries_are_left_out_whatever_they_hold(folder: Path) -> None:
-    assert len(load([video(), {"id": "later", "dataset_type": "image", "nonsense": 1, "disabled": "true"}])) == 1
+    assert len(load([video(), {"id": "later", "dataset_type": "image", "nonsense": 1, "disabled": "true"}, {"disable": True}])) == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"dataset_type": "image"}, ["dataset_type", "image", "not supported in this version"]),
-        ({"dataset_type": "audio"}, ["dataset_type", "audio", "not supported in this version"]),
-        ({"dataset_type": "eval"}, ["dataset_type", "not supported in this version"]),
-        ({"dataset_type": "image_embeds"}, ["dataset_type", "not supported in this version"]),
         ({"dataset_type": "vido"}, ["dataset_type", "did you mean `video`"]),
+        ({"dataset_type": "conditioning_image_embeds"}, ["dataset_type", "not supported in this version"]),
         ({"type": "s3"}, ["type", "s3", "not supported in this version"]),
-        ({"probability": 0.5}, ["probability", "repeats"]),
-        ({"video": {"bucket_strategy": "resolution_frames"}}, ["video.bucket_strategy", "resolution_frames"]),
-        ({"video": {"is_i2v": True}}, ["video.is_i2v"]),
-        ({"audio": {"audio_only": True}}, ["audio.audio_only"]),
-        ({"audio": {"truncation_mode": "random"}}, ["audio.truncation_mode", "random"]),
-        ({"s2v_datasets": ["speech"]}, ["s2v_datasets"]),
+        ({"type": "huggingface"}, ["type", "not supported in this version"]),
+        ({"probability": 0}, ["probability", "greater than 0"]),
+        ({"probability": 1.5}, ["probability", "got 1.5"]),
+        ({"video": {"bucket_strategy": "duration"}}, ["video.bucket_strategy", "'aspect_ratio' or 'resolution_frames'"]),
+        ({"audio": {"truncation_mode": "middle"}}, ["audio.truncation_mode", "middle"]),
+        ({"audio": {"audio_only": True, "allow_zero_audio": True}}, ["audio.allow_zero_audio", "silence alone"]),
+        ({"audio": {"audio_only": True, "auto_split": False}}, ["audio.auto_split", "nothing to learn"]),
+        ({"audio": {"min_duration_seconds": 3, "max_duration_seconds": 2}}, ["audio.min_duration_seconds", "max_duration_seconds"]),
+        ({"audio": {"auto_split": False}, "s2v_datasets": "speech"}, ["s2v_datasets", "no sound is trained"]),
+        ({"conditioning_data": ["clips"]}, ["conditioning_data", "'clips' is an entry of dataset_type `video`"]),
+        ({"conditioning_data": ["klips"]}, ["conditioning_data", "no entry 'klips'", "did you mean 'clips'"]),
+        ({"text_embeds": "nowhere"}, ["text_embeds", "no entry 'nowhere'"]),
+        ({"dataset_type": "image", "video": {"num_frames": 9}}, ["video", "still picture"]),
+        ({"dataset_type": "audio", "video": {"num_frames": 9}}, ["video: unknown key"]),
+        ({"dataset_type": "conditioning", "conditioning_type": "controlnet"}, ["conditioning_type", "controlnet", "'mask'"]),
+        ({"dataset_type": "conditioning"}, ["conditioning_type: is required"]),
+        ({"dataset_type": "conditioning", "conditioning_type": "mask", "reference_downscale": 3}, ["reference_downscale", "1, 2 or 4"]),
+        ({"dataset_type": "conditioning", "conditioning_type": "mask"}, ["no entry names it in `conditioning_data`"]),
+        ({"crop_style": "random"}, ["crop_style", "random", "'center'"]),
+        ({"crop_aspect": "closest"}, ["crop_aspect", "'preserve' or 'square'"]),
+        ({"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 1}, ["minimum_aspect_ratio", "maximum_aspect_ratio"]),
+        ({"caption_filter_list": "words.txt"}, ["caption_filter_list", "not supported in this version"]),
+        ({"start_epoch": "2"}, ["start_epoch", "not supported in this version"]),
+        ({"prepend_instance_prompt": True}, ["instance_prompt", "required by prepend_instance_prompt"]),
         ({"caption_strategy": "instanceprompt"}, ["instance_prompt", "required"]),
         ({"caption_strategy": "parquet"}, ["caption_strategy", "parquet"]),
         ({"video": {"num_frame": 61}}, ["video.num_frame", "`num_frames`"]),
@@ -113,10 +139,13 @@ def test_mistakes_name_entry_key_and_value(folder: Path, changes: dict[str, obje
 
 def test_all_problems_are_shown_together(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        first = video(wrong=1, video={"num_frames": "many"})
-        load([first, video(), {"id": "c", "type": "csv"}, 7, {"instance_data_dir": "datasets/videos"}])
+        first = video(wrong=1, video={"num_frames": "many"}, max_num_samples=5)
+        load([first, video(conditioning_data=["c", "nowhere"]), {"id": "c", "type": "csv"}, 7, {"instance_data_dir": "datasets/videos"}])
     text = str(caught.value)
-    for part in ("wrong: unknown key", "video.num_frames", "used twice", "csv", "entry 4: must be an object", "entry 5: id: is required"):
+    for part in (
+        "wrong: unknown key", "max_num_samples", "video.num_frames", "used twice", "csv", "entry 4: must be an object",
+        "entry 5: id: is required", "no entry 'nowhere'",
+    ):  # fmt: skip
         assert part in text
 
 
@@ -143,3 +172,56 @@ def test_missing_file_and_missing_folder(folder: Path) -> None:
         load([video(instance_data_dir="nowhere")])
     with pytest.raises(ConfigError, match="exactly one"):
         load_datasets(Path("none.json"), Path("datasets"), DataSettings(), {})
+
+
+def linked(**kinds: Mapping[str, object]) -> list[dict[str, object]]:
+    return [{"id": name.replace("_", "-"), "instance_data_dir": "datasets/videos", **keys} for name, keys in kinds.items()]
+
+
+def test_every_kind_of_entry(folder: Path) -> None:
+    entries = load(
+        linked(
+            films={"conditioning_data": "before", "s2v_datasets": ["speech"], "cache_dir_vae": "here"},
+            photos={"dataset_type": "image", "image_embeds": "b"},
+            speech={"dataset_type": "audio", "audio": {"bucket_strategy": "duration"}},
+            test={"dataset_type": "eval"},
+            before={"dataset_type": "conditioning", "conditioning_type": "reference_strict", "reference_downscale": "2"},
+            where={"dataset_type": "conditioning", "conditioning_type": "mask", "source_dataset_id": "films"},
+        )
+        + [{"id": name, "dataset_type": "image_embeds", "cache_dir": f"kept/{name}"} for name in ("a", "b")]
+    )
+    films, photos, speech, test, before, where = entries[:6]
+    assert isinstance(films, VideoEntry) and films.conditioning_data == ("before", "where") and films.s2v_datasets == ("speech",)
+    assert isinstance(photos, ImageEntry) and isinstance(speech, AudioEntry) and isinstance(test, EvalEntry)
+    assert isinstance(before, ConditioningEntry) and (before.role, before.reference_downscale) == ("reference", 2)
+    assert isinstance(where, ConditioningEntry) and where.role == "mask"
+    assert [str(e.cache_dir) for e in (films, photos, test)] == ["here", "kept/b", "kept/a"]
+    assert all(entry.notes == () for entry in entries)
+
+
+def test_links_that_lead_nowhere(folder: Path) -> None:
+    mask = {"dataset_type": "conditioning", "conditioning_type": "mask"}
+    with pytest.raises(ConfigError, match=r"'b'.*disabled"):
+        load(linked(a={"conditioning_data": "b"}, b={**mask, "disabled": True}))
+    with pytest.raises(ConfigError, match="one mask at most"):
+        load(linked(a={"conditioning_data": ["b", "c"]}, b=mask, c=mask))
+    with pytest.raises(ConfigError, match=r"truncation_mode: with conditioning_data only `beginning`"):
+        load(linked(a={"conditioning_data": "b", "audio": {"truncation_mode": "end"}}, b=mask))
+    two = [{"id": name, "dataset_type": "text_embeds"} for name in ("t", "u")]
+    with pytest.raises(ConfigError, match=r"kept in one place, here 't'"):
+        load([video(text_embeds="u"), *two])
+    assert len(load([video(text_embeds="t"), *two])) == 3
+
+
+def test_keys_of_other_tools_without_effect_are_notices(folder: Path) -> None:
+    harmless = {"is_regularisation_data": False, "start_epoch": "1", "slider_strength": 0.0, "crop": False, "crop_style": "center"}
+    entry, text, sounds = load([
+        video(metadata_backend="discovery", delete_unwanted_images=True, maximum_image_size=480, **harmless),
+        {"id": "t", "dataset_type": "text_embeds", "write_batch_size": 128},
+        {"id": "s", "dataset_type": "audio", "instance_data_dir": "datasets/videos", "resolution": 512},
+    ])  # fmt: skip
+    assert [note.split(":")[1].split()[0] for note in entry.notes] == ["metadata_backend", "delete_unwanted_images", "maximum_image_size"]
+    assert "no file of a dataset is ever changed or deleted" in entry.notes[1]
+    assert text.notes[0].startswith("t: write_batch_size has no effect")
+    assert sounds.notes == ("s: resolution has no effect: sound has no picture",)
+    assert isinstance(entry, PictureEntry) and not entry.crop

@@ -76,6 +76,22 @@ def test_nothing_to_learn_is_zero(tensors: tuple[Tensor, Tensor], fields: dict[s
     assert prediction.grad is not None and torch.equal(prediction.grad, torch.zeros(B, S, C))
 
 
+def test_partial_sound_is_not_diluted_by_its_padding(tensors: tuple[Tensor, Tensor]) -> None:
+    """An error of e in every token that counts is a loss of e², however few they are; the mean goes over the clips with sound."""
+    target = tensors[1]
+    errors = torch.tensor([1.0, 2.0, 3.0])
+    mask = (torch.arange(S) < torch.tensor([[1], [S], [4]])).float()
+    prediction = target + errors[:, None, None] + (1 - mask)[..., None] * 100
+    state = step_state(prediction, target, loss_mask=mask, present=torch.tensor([True, True, False]))
+    assert float(FlowMatchingLoss("video")(state).reduced()) == pytest.approx((1.0**2 + 2.0**2) / 2, rel=1e-5)
+
+
+def test_a_batch_without_the_stream_counts_nothing(tensors: tuple[Tensor, Tensor]) -> None:
+    loss = FlowMatchingLoss("audio", weight=2.0)(step_state(*tensors))
+    assert loss.counted is not None and loss.counted.tolist() == [False] * B
+    assert (loss.name, loss.values.tolist(), loss.reduced().item()) == ("audio", [0.0] * B, 0.0)
+
+
 def test_bfloat16_predictions_are_compared_in_float32(tensors: tuple[Tensor, Tensor]) -> None:
     prediction, target = tensors[0].bfloat16(), tensors[1]
     loss = FlowMatchingLoss("video")(step_state(prediction, target))
@@ -96,6 +112,33 @@ def test_bands_hold_the_means_by_sigma() -> None:
         "loss/video/sigma_0.75-1.00": 6.0, "loss/extra": 6.0,
     })
     assert bands.flush() == {}
+
+
+def banded(sigma: float) -> Noise:
+    zero = torch.zeros(1, 1, 1)
+    return Noise({"audio": StreamNoise(torch.tensor([sigma]), zero, zero, zero)})
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_batches_without_a_stream_leave_its_bands_as_they_are(first: bool) -> None:
+    absent = LossValue("audio", torch.zeros(1), counted=torch.tensor([False]))
+    given = [([absent], Noise({})), ([LossValue("audio", torch.tensor([3.0]))], banded(0.4))]
+    bands = SigmaBands(bands=2)
+    for losses, noise in given if first else reversed(given):
+        bands.add(losses, noise)
+    assert bands.flush() == {"loss/audio": 3.0, "loss/audio/sigma_0.00-0.50": 3.0}
+
+
+def test_totals_of_ranks_add_up_to_those_of_one() -> None:
+    """One rank has sound, the other has not: their totals have one layout, and their sum gives the means over all samples."""
+    ranks, one = [SigmaBands(), SigmaBands()], SigmaBands()
+    absent = LossValue("audio", torch.zeros(1), counted=torch.tensor([False]))
+    for own, value, noise in zip(ranks, (LossValue("audio", torch.tensor([3.0])), absent), (banded(0.4), Noise({})), strict=True):
+        for bands in (own, one):
+            bands.add([value, LossValue("extra", torch.tensor([5.0]))], noise)
+    summed = ranks[0].totals() + ranks[1].totals()
+    ranks[0].replace(summed)
+    assert ranks[0].flush() == one.flush() == {"loss/audio": 3.0, "loss/audio/sigma_0.25-0.50": 3.0, "loss/extra": 5.0}
 
 
 def test_bands_leave_out_what_was_never_counted() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.clips import is_flash, picture, read_number, tone, turn_clockwise, write_clip
+from core.clips import is_flash, picture, read_number, tone, turn_clockwise, write_clip, write_sound
 from tuner.data.container import MediaError, NoVideoStream, RefusedMedia, TooShort, TruncatedMedia, UndecodableSound, UnreadableMedia
 from tuner.data.decode import decode_frames, decode_sound
 from tuner.data.media import decode_audio, decode_video, probe, write_mp4
@@ -194,13 +194,6 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, type[MediaError]]]:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(index, 96, 64), format="rgb24")))
         container.mux(stream.encode(None))
     index_first = (folder / "first.mp4").read_bytes()
-    with av.open(str(folder / "sound.mp4"), "w") as container:
-        voice = container.add_stream("aac", rate=48000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(tone(0.5, 48000, 1, [(0, 1)]), "fltp", "mono")
-        frame.sample_rate = 48000
-        container.mux(voice.encode(frame))
-        container.mux(voice.encode(None))
-    sound_only = (folder / "sound.mp4").read_bytes()
     playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nwhole.mkv\n#EXT-X-ENDLIST\n"
     files: dict[str, tuple[bytes, type[MediaError]]] = {
         "truncated.mkv": (whole[: len(whole) * 9 // 10], TruncatedMedia),
@@ -210,7 +203,6 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, type[MediaError]]]:
         "empty.mp4": (b"", UnreadableMedia),
         "playlist.mp4": (playlist, RefusedMedia),
         "script.mp4": (b"ffconcat version 1.0\nfile 'whole.mkv'\n", RefusedMedia),
-        "sound_only.mp4": (sound_only, NoVideoStream),
     }
     for name, (content, _) in files.items():
         (folder / name).write_bytes(content)
@@ -222,6 +214,12 @@ def test_bad_files_are_named_failures(tmp_path: Path) -> None:
         with pytest.raises(kind) as caught:
             probe(path)
         assert caught.value.where == str(path) and caught.value.exit_code == 4, name
+
+
+def test_sound_alone_has_no_frames(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "sound.mp4", tone(0.5, 48000, 1, [(0, 1)]), 48000, "aac")
+    with pytest.raises(NoVideoStream):
+        decode_frames(path, 1, 25.0)
 
 
 def test_names_inside_the_file_need_not_be_utf8(tmp_path: Path) -> None:

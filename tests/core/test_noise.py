@@ -135,6 +135,18 @@ def test_conditioned_tokens_stay_clean_and_leave_the_count() -> None:
     assert noise.sigma[0] != free.sigma[0] and noise.sigma[1] == free.sigma[1]
 
 
+def test_padding_changes_neither_sigma_nor_noise() -> None:
+    """The same sound alone, and padded to a longer one of its batch."""
+    channels = 128
+    alone = plain(1, tokens=6, channels=channels, loss_mask=torch.ones(1, 6))
+    longer = torch.cat([alone.latents, torch.zeros(1, 4, channels)], dim=1)
+    padded = StreamBatch(longer, (10, 1, 1), loss_mask=(torch.arange(10) < 6).float()[None])
+    first, second = (sampler().sample(batch_of([3], {"audio": stream})).streams["audio"] for stream in (alone, padded))
+    assert torch.equal(first.sigma, second.sigma)
+    assert torch.equal(first.noisy, second.noisy[:, :6])
+    assert (target_tokens(padded, 0), target_tokens(plain(1, loss_mask=torch.zeros(1, TOKENS)), 0)) == (6, 1)
+
+
 def test_a_clean_stream_is_given_as_it_is() -> None:
     stream = plain(2, clean=True)
     noise = sampler(sigma_pairing="shared").sample(batch_of(range(2), {"audio": stream, "video": plain(2)})).streams["audio"]

@@ -111,6 +111,17 @@ def test_transforms_and_taps_carry_gradients(recomputed: tuple[int, ...]) -> Non
     assert_equal(gradients(net, net.exit(final), value.hidden.sin().sum()), expected)
 
 
+@pytest.mark.parametrize("recomputed", [(), (0, 1, 2, 3)])
+def test_a_batch_without_a_taps_stream_gives_it_nothing(recomputed: tuple[int, ...]) -> None:
+    net = model()
+    policy = Checkpointing(frozenset(recomputed))
+    runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=policy, taps=[Tap("heard", 1, "audio"), Tap("seen", 1, "video")])
+    final = runner.run(net.enter(*inputs(audio=False)))
+    assert list(runner.tapped) == ["seen"]
+    expected = gradients(net, net.exit(plain(net, net.enter(*inputs(audio=False)))))
+    assert_equal(gradients(net, net.exit(final)), expected)
+
+
 def test_dropout_repeats_its_draws_in_the_recomputation() -> None:
     net = model(dropout=0.5)
     results = []

@@ -23,6 +23,7 @@ from tuner.data.dataset import TrainingSet
 from tuner.data.media import probe
 from tuner.plugins.loader import load_plugins
 from tuner.plugins.registry import Registry
+from tuner.train.licence import UNKNOWN_LICENCE
 from tuner.train.plan import make_plan
 from tuner.train.sample import Trained, generate
 from tuner_ltxvideo2.tiny import TinyPaths
@@ -101,6 +102,9 @@ def test_sample_takes_the_run_folder_and_the_file(full: Project) -> None:
     with safe_open(full.tiny.checkpoint, framework="pt") as file:
         published = {key.removeprefix("model.diffusion_model.") for key in file.keys()}  # noqa: SIM118 - not a mapping
     assert set(load_file("out/transformer.safetensors")) <= published, "original names"
+    assert Path("out/outbox/out/transformer.safetensors").samefile("out/transformer.safetensors")
+    card = Path("out/outbox/out/README.md").read_text(encoding="utf-8")
+    assert UNKNOWN_LICENCE in card and "| Trained | all weights" in card and "base_model:" not in card
     assert sample(full, "--weights", "out", "-o", "folder.mp4") == 0
     assert sample(full, "--weights", "out/transformer.safetensors", "--no-sound", "-o", "silent.mp4") == 0
     assert sample(full, "-o", "base.mp4") == 0

@@ -85,7 +85,7 @@ def test_a_strategy_that_does_not_support_the_run_stops_it_at_planning(project: 
 
 
 def test_two_strategies_for_the_same_blocks_are_refused_at_planning(project: Project) -> None:
-    with pytest.raises(ConfigError, match="two memory strategies"):
+    with pytest.raises(ConfigError, match="watch_blocks, watch_again: two memory strategies"):
         run(project, watch_blocks=True, watch_again=True)
     assert not Path("cache").exists() or not list(Path("cache").rglob("*.safetensors"))
 

@@ -28,11 +28,14 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     [
         {},
         # 32 pixels: convolutions in bf16 are slow on a CPU.
-        {"mixed_precision": "bf16", "lora_dropout": 0.3, "gradient_accumulation_steps": 2, "resolution": 32},
+        {
+            "mixed_precision": "bf16", "lora_dropout": 0.3, "gradient_accumulation_steps": 2, "resolution": 32,
+            "scheduled_sampling_max_step_offset": 2, "scheduled_sampling_ramp_steps": 3, "scheduled_sampling_reflexflow": True,
+        },
         {"mixed_precision": "bf16", "optimizer": "adamw_bf16", "resolution": 32},
         {"model_type": "full", "caption_dropout_probability": 0.5, "lr_scheduler": "cosine", "lr_warmup_steps": 1},
     ],
-    ids=["lora", "bf16-masters-dropout-accumulation", "bf16-stochastic", "full-cosine"],
+    ids=["lora", "bf16-masters-dropout-accumulation-rollouts", "bf16-stochastic", "full-cosine"],
 )
 def test_resumed_equals_uninterrupted_and_differs_from_a_cold_start(project: Project, changes: dict[str, object]) -> None:
     long = {"lr_scheduler": "constant"} | changes

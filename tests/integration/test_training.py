@@ -79,7 +79,7 @@ def test_dry_run_checks_and_writes_nothing(project: Project, capsys: pytest.Capt
         ({"data": None}, 2, ["--data"]),
         ({"max_train_steps": 0}, 2, ["max_train_steps"]),
         ({"peft_lora_target_modules": ["to_z"]}, 2, ["to_z", "peft_lora_target_modules"]),
-        ({"base_model_precision": "int8-quanto"}, 2, ["base_model_precision"]),
+        ({"base_model_precision": "int8wo-quanto"}, 2, ["base_model_precision", "int8-quanto"]),
         ({"validation_disable": False, "validation_prompt": "x", "validation_resolution": "wide"}, 2, ["validation_resolution", "wide"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

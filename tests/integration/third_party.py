@@ -174,6 +174,9 @@ class Watch(MemoryStrategy):
     def __init__(self, options: Options, context: BuildContext) -> None:
         self.options = options
 
+    def keys(self, part: str) -> tuple[str, ...]:
+        return tuple(type(self.options).model_fields)
+
     def supports(self, facts: MemoryFacts) -> Sequence[TunerError]:
         return [ConfigError("cannot watch every weight", where="watch_blocks")] if facts.full_finetuning else []
 

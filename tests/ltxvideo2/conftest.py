@@ -23,7 +23,7 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tiny")
 
 
-@pytest.fixture(scope="session", params=["2.0", "2.3"])
+@pytest.fixture(scope="session", params=["2.0", "2.3", "2.5"])
 def tiny(request: pytest.FixtureRequest, tiny_root: Path) -> TinyPaths:
     """Each variant in turn."""
     return write_tiny(tiny_root / request.param, variant=request.param)

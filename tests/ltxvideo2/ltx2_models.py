@@ -27,7 +27,8 @@ def transformer(generation: str = "2.0", rope_type: str = "split", layers: int =
         "audio_num_attention_heads": 4, "audio_attention_head_dim": 8, "audio_cross_attention_dim": 32,
         "num_layers": layers, "caption_channels": CAPTION, "rope_type": rope_type, "cross_attn_timestep_scale_multiplier": 700,
     }  # fmt: skip
-    settings |= NEW if generation == "2.3" else {}
+    settings |= NEW if generation != "2.0" else {}
+    settings |= {"ff_bias": False, "use_keyframes_abs_pos_embedding": True} if generation == "2.5" else {}
     model = LTX2VideoTransformer3DModel(**(settings | changes)).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -27,6 +27,7 @@ TRANSFORMER_20: dict[str, object] = {
 TRANSFORMER_23 = TRANSFORMER_20 | {
     "use_prompt_embeddings": False, "gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True, "audio_cross_attn_mod": True,
 }  # fmt: skip
+TRANSFORMER_25 = TRANSFORMER_23 | {"ff_bias": False, "use_keyframes_abs_pos_embedding": True}
 CONNECTORS_20: dict[str, object] = {
     "caption_channels": 3840, "text_proj_in_factor": 49, "connector_rope_base_seq_len": 4096, "per_modality_projections": False,
     "proj_bias": False, "causal_temporal_positioning": False, **_ROPE,
@@ -83,6 +84,7 @@ VOCODER_23: dict[str, object] = {
 RELEASES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "2.0": {"transformer": TRANSFORMER_20, "connectors": CONNECTORS_20, "vae": VAE_20, "audio_vae": AUDIO_VAE, "vocoder": VOCODER_20},
     "2.3": {"transformer": TRANSFORMER_23, "connectors": CONNECTORS_23, "vae": VAE_23, "audio_vae": AUDIO_VAE, "vocoder": VOCODER_23},
+    "2.5": {"transformer": TRANSFORMER_25, "connectors": CONNECTORS_23, "vae": VAE_23, "audio_vae": AUDIO_VAE, "vocoder": VOCODER_23},
 }
 
 METADATA_TRANSFORMER: Mapping[str, object] = {
@@ -100,6 +102,7 @@ METADATA_23 = {
     "caption_proj_before_connector": True, "connector_num_attention_heads": 32, "audio_connector_num_attention_heads": 32,
     "audio_connector_attention_head_dim": 64, "connector_num_layers": 8,
 }  # fmt: skip
+METADATA_25 = {"ff_bias": False, "use_keyframes_abs_pos_embedding": True}
 METADATA_AUDIO_VAE = {
     "model": {
         "params": {
@@ -116,7 +119,7 @@ def metadata(release: str) -> dict[str, object]:
     vae: dict[str, object] = {"patch_size": 4, "encoder_spatial_padding_mode": "zeros", "causal_decoder": False, "scaling_factor": 1.0}
     if release == "2.0":
         vae["spatial_padding_mode"] = "reflect"
-    transformer = dict(METADATA_TRANSFORMER) | (METADATA_23 if release == "2.3" else {})
+    transformer = dict(METADATA_TRANSFORMER) | (METADATA_23 if release != "2.0" else {}) | (METADATA_25 if release == "2.5" else {})
     return {"model_version": f"{release}.0", "transformer": transformer, "vae": vae, "audio_vae": METADATA_AUDIO_VAE, "vocoder": {}}
 
 

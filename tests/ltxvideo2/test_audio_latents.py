@@ -184,7 +184,7 @@ def test_decoding(tiny_source: WeightSource, tiny_variant: Variant) -> None:
     decoder.load(CPU)
     heard = decoder.decode(latents)
     decoder.unload()
-    rate = {"2.0": 24000, "2.3": 48000}[tiny_variant.name]
+    rate = 24000 if tiny_variant.name == "2.0" else 48000
     assert heard.sample_rate == rate
     assert heard.samples.shape == (2, 97 * rate // 100)
     assert float(heard.samples.abs().max()) <= 1

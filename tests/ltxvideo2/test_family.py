@@ -13,15 +13,21 @@ from torch import nn
 from ltxvideo2.ltx2_flavour import FlavourWritten
 from ltxvideo2.ltx2_models import batch_and_noise, normal, transformer
 from ltxvideo2.ltx2_published import modules
+from tuner.builtins.losses import FlowMatchingLoss
 from tuner.component import Component
 from tuner.config.settings import AdapterSettings, ModelSettings
+from tuner.errors import ConfigError
 from tuner.interfaces.blocks import BlockState
 from tuner.interfaces.encoders import Record
 from tuner.interfaces.family import Batch, BuildContext, Noise, Sample, StreamNoise
 from tuner.interfaces.services import WeightSource
-from tuner.model.adapters import add_adapters
+from tuner.model.adapters import add_adapters, resolve_targets
 from tuner.model.runner import BlockRunner, Checkpointing
+from tuner.train.execute import PlainExecution
+from tuner.train.masters import MasterWeights
+from tuner.train.step import TrainingModel
 from tuner_ltxvideo2 import family as families
+from tuner_ltxvideo2 import transformer as forward
 from tuner_ltxvideo2.loading import CombinedFile
 from tuner_ltxvideo2.options import LTX2Options
 
@@ -66,14 +72,43 @@ def test_locate_finds_the_tiny_model_and_its_text_encoder(flavour_written: Flavo
     opened = CombinedFile().open(located.weights, located.description)
     assert [encoder.name for encoder in family.encoders(opened, BOTH)] == ["text", "video", "audio"]
     assert [encoder.name for encoder in family.encoders(opened, ("video",))] == ["text", "video"]
+    companions = frozenset({"reference", "mask"})
+    assert [(e.name, e.of) for e in family.encoders(opened, ("video",), companions)[2:]] == [("reference", "reference"), ("mask", "mask")]
+    assert [encoder.name for encoder in family.encoders(opened, ("audio",), companions)] == ["text", "audio"]
+    given = make_family(given_stream="video").encoders(opened, BOTH, companions)
+    assert [encoder.name for encoder in given] == ["text", "video", "audio"], "a picture that is given needs no reference"
 
 
 def test_options_choose_streams_and_weights() -> None:
     assert make_family().select_streams(frozenset(BOTH)) == BOTH
     assert make_family(train_audio=False).select_streams(frozenset(BOTH)) == ("video",)
     assert make_family().select_streams(frozenset({"video"})) == ("video",)
+    assert make_family().select_streams(frozenset({"audio"})) == ("audio",)
     assert make_family(audio_loss_weight=0.5).stream_weights() == {"audio": 0.5}
+    assert make_family(prefix_conditioning_probability=0.5, prefix_conditioning_frames=20).notices() != []
     assert families.LTX2Family.token_shift.mu(4096) == pytest.approx(2.05)
+
+
+def test_a_given_stream_is_loaded_and_has_no_loss() -> None:
+    for given, learned in (("audio", "video"), ("video", "audio")):
+        family = make_family(given_stream=given)
+        assert family.select_streams(frozenset(BOTH)) == BOTH
+        assert family.learned_streams(BOTH) == (learned,)
+    assert make_family().learned_streams(BOTH) == BOTH
+
+
+@pytest.mark.parametrize(
+    ("options", "available", "match"),
+    [
+        ({"given_stream": "audio", "train_audio": False}, BOTH, "given_stream: there is nothing to give: train_audio is off"),
+        ({"given_stream": "audio"}, ("video",), "given_stream: there is nothing to give: no item of the dataset has audio"),
+        ({"given_stream": "audio"}, ("audio",), "given_stream: the dataset has audio alone"),
+        ({"train_audio": False}, ("audio",), "train_audio: the dataset has audio alone"),
+    ],
+)
+def test_streams_that_leave_nothing_to_learn_or_to_give(options: dict[str, object], available: tuple[str, ...], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        make_family(**options).select_streams(frozenset(available))
 
 
 # --- targets -----------------------------------------------------------------------------------------------------
@@ -96,6 +131,17 @@ def test_one_stream_targets_no_module_of_the_other_nor_between() -> None:
     assert not [name for name in video if "audio" in name]
     assert len(audio) == 2 * (2 * 4 + 2) + 4
     assert not [name for name in audio if ".audio_attn" not in name and ".audio_ff" not in name and not name.startswith("audio_")]
+
+
+@pytest.mark.parametrize(("given", "into", "count"), [("audio", "audio_to_video_attn", 3 * 4), ("video", "video_to_audio_attn", 3 * 4 + 2)])
+def test_a_given_stream_keeps_its_own_path(given: str, into: str, count: int) -> None:
+    """Only the learned stream's modules and the attention that reads the given stream into it are adapted."""
+    family, model = make_family(given_stream=given), transformer("2.0", layers=2)
+    targets = family.adapter_targets(model, BOTH)
+    alone = make_family().adapter_targets(model, family.learned_streams(BOTH))
+    assert len([name for name in targets if name.startswith("transformer_blocks.")]) == 2 * count
+    assert set(targets) - set(alone) == {f"transformer_blocks.{i}.{into}.{p}" for i in (0, 1) for p in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert set(alone) < set(targets)
 
 
 def test_names_go_both_ways() -> None:
@@ -140,6 +186,26 @@ def test_cached_records_become_a_prediction(source20: WeightSource, streams: tup
     for name, values in prediction.items():
         assert values.shape == batch.streams[name].latents.shape
         assert values.isfinite().all()
+
+
+@pytest.mark.parametrize(("targets", "taught"), [("", "video"), ("audio_ff.net.2", "")])
+def test_a_silent_batch_teaches_the_pictures_modules_alone(source20: WeightSource, targets: str, taught: str) -> None:
+    """Of a model that is trained on both; where nothing but the sound's modules is trained it teaches nothing, and nothing fails."""
+    family = make_family()
+    model = family.load(source20, BOTH, torch.float32, CPU)
+    add_adapters(model, resolve_targets(model, targets, family.adapter_targets(model, BOTH)), AdapterSettings(lora_rank=2), seed=0)
+    batch, noise = batch_and_noise(model, {"video": (0.7, 0.4)})
+    training = TrainingModel(
+        family, model, BlockRunner(family.block_set(model), family.call_block), [FlowMatchingLoss(name) for name in BOTH]
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    masters = MasterWeights(trained, low_precision=False)
+    video, audio = PlainExecution(training, masters)(batch, noise, 0, 1.0).terms
+    assert video.reduced().item() > 0 == audio.reduced().item()
+    assert audio.counted is not None and audio.counted.tolist() == [False, False]
+    reached = {forward.streams_of(name) for name, parameter in trained.items() if parameter.grad is not None}
+    assert reached == ({frozenset({taught})} if taught else set())
+    assert (float(masters.clip_(1.0)) > 0) == bool(taught)
 
 
 @pytest.mark.parametrize("streams", [BOTH, ("video",)])

@@ -57,7 +57,7 @@ def assert_one_to_one(part: str, names: list[str]) -> None:
     assert [split_original(join_original(part, original)) for original in originals] == [(part, original) for original in originals]
 
 
-@pytest.mark.parametrize("release", ["2.0", "2.3"])
+@pytest.mark.parametrize("release", ["2.0", "2.3", "2.5"])
 @pytest.mark.parametrize("part", PARTS)
 def test_one_to_one_at_real_size(release: str, part: str) -> None:
     module = modules(release)[part]

@@ -1,4 +1,4 @@
-"""Captions: the records are those of diffusers' own pipeline, to the last bit in float32."""
+"""Captions: the records are those of diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import pytest
 import torch
 from diffusers import LTX2Pipeline
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextModel,
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForConditionalGeneration,
+    Gemma4UnifiedTextModel,
+)
 
 from tuner.errors import CheckpointError
 from tuner.interfaces.encoders import Record
@@ -23,8 +33,15 @@ CPU = torch.device("cpu")
 CAPTIONS = ["  a red ball rolls over green grass \n", "", "rain falls outside the window; soft music"]
 
 
-def whole_gemma(tiny: TinyPaths) -> Gemma3ForConditionalGeneration:
+def whole_gemma(tiny: TinyPaths) -> Gemma3ForConditionalGeneration | Gemma4UnifiedForConditionalGeneration:
     """The tiny language model inside the class that the pipeline expects, with head and image tower."""
+    if AutoConfig.from_pretrained(tiny.text_encoder).model_type == "gemma4_unified_text":
+        newer = Gemma4UnifiedTextModel.from_pretrained(tiny.text_encoder, dtype=torch.float32)
+        pictures = {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 8, "output_proj_dims": 32}
+        config = Gemma4UnifiedConfig(text_config=newer.config.to_dict(), vision_config=pictures, audio_config={"audio_embed_dim": 16})
+        unified = Gemma4UnifiedForConditionalGeneration(config)
+        unified.model.language_model.load_state_dict(newer.state_dict())
+        return unified.eval()
     text = Gemma3TextModel.from_pretrained(tiny.text_encoder, dtype=torch.float32)
     vision = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
@@ -64,7 +81,8 @@ def test_equal_to_the_pipeline(tiny: TinyPaths, tiny_source: WeightSource, tiny_
     for record, expected in zip(records, pipeline_records(tiny, tiny_source, tiny_variant, CAPTIONS), strict=True):
         assert record.tensors.keys() == expected.keys()
         for stream, tensor in record.tensors.items():
-            assert torch.equal(tensor, expected[stream])
+            # layer by layer in place of all at once: sums over a layer come in another order, in the last bit of float32
+            torch.testing.assert_close(tensor, expected[stream], atol=2e-6, rtol=2e-6)
 
 
 def test_one_by_one_equals_together(source20: WeightSource) -> None:
@@ -78,7 +96,7 @@ def test_one_by_one_equals_together(source20: WeightSource) -> None:
 
 def test_records_have_the_runs_dtype_and_width(tiny_source: WeightSource, tiny_variant: Variant) -> None:
     record = encoded(TextEncoder(tiny_source, tiny_variant, torch.bfloat16), ["a dog barks"])[0]
-    widths = {"2.0": (32, 32), "2.3": (192, 160)}[tiny_variant.name]
+    widths = (32, 32) if tiny_variant.name == "2.0" else (192, 160)
     assert [tuple(record.tensors[s].shape) for s in ("video", "audio")] == [(TEXT_LENGTH, width) for width in widths]
     assert {tensor.dtype for tensor in record.tensors.values()} == {torch.bfloat16}
     assert all(bool(tensor.isfinite().all()) for tensor in record.tensors.values())

@@ -10,10 +10,10 @@ import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor
 
-from ltxvideo2.ltx2_models import GRID, LENGTH, RATES, batch_and_noise, transformer
+from ltxvideo2.ltx2_models import GRID, LENGTH, RATES, batch_and_noise, normal, transformer
 from ltxvideo2.ltx2_published import modules
 from tuner.interfaces.blocks import Aligned, BlockState, TokenStream
-from tuner.interfaces.family import Batch, Noise
+from tuner.interfaces.family import Batch, Noise, StreamBatch
 from tuner_ltxvideo2 import transformer as forward
 
 torch.set_num_threads(1)
@@ -44,14 +44,21 @@ def reference(
             timestep=sigma["video"], audio_timestep=sigma["audio"], sigma=sigma["video"], audio_sigma=sigma["audio"],
             num_frames=GRID[0], height=GRID[1], width=GRID[2], fps=rate, audio_num_frames=LENGTH,
             isolate_modalities=isolate, use_cross_timestep=cross_timestep, return_dict=False,
+            video_keyframes_mask=(torch.arange(S) < GRID[1] * GRID[2])[None, :, None],  # what 2.5 marks: the first latent frame
         )
         parts["video"].append(video)
         parts["audio"].append(audio)
     return {name: torch.cat(part) for name, part in parts.items()}
 
 
-@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
-@pytest.mark.parametrize("generation", ["2.0", "2.3"])
+def spread(state: BlockState, name: str) -> Tensor:
+    """(B, 1 or S, N·D): the modulation of each token."""
+    values = state.shared[name]
+    clean = state.streams[name.split(".")[0]].aligned.get("clean")
+    return values if clean is None else torch.where(clean.tensor, values[:, 1:], values[:, :1])
+
+
+@pytest.mark.parametrize(("generation", "rope_type"), [("2.0", "split"), ("2.0", "interleaved"), ("2.3", "split"), ("2.5", "split")])
 def test_forward_equals_diffusers_where_both_streams_share_one_sigma(generation: str, rope_type: str) -> None:
     model = transformer(generation, rope_type, cross_attn_timestep_scale_multiplier=1000)
     mask = (torch.arange(LENGTH) < 4).float().expand(2, LENGTH)
@@ -87,8 +94,8 @@ def test_call_block_equals_diffusers_block(generation: str) -> None:
 
         expected = block(
             video.hidden, audio.hidden, state.shared["video.text"], state.shared["audio.text"],
-            video.aligned["modulation"].tensor, audio.aligned["modulation"].tensor,
-            video.aligned["cross_modulation"].tensor, audio.aligned["cross_modulation"].tensor,
+            spread(state, "video.modulation"), spread(state, "audio.modulation"),
+            spread(state, "video.cross_modulation"), spread(state, "audio.cross_modulation"),
             state.shared["video.cross_gate"], state.shared["audio.cross_gate"],
             temb_prompt=state.shared.get("video.prompt"), temb_prompt_audio=state.shared.get("audio.prompt"),
             video_rotary_emb=rotary(video, "rope"), audio_rotary_emb=rotary(audio, "rope"),
@@ -108,9 +115,11 @@ def test_timesteps_per_token_agree_with_timesteps_per_sample() -> None:
         per_sample = predict(model, *batch_and_noise(model, APART))
         per_token = predict(model, *batch_and_noise(model, APART, conditioned=none_conditioned))
         state = forward.enter(model, *batch_and_noise(model, APART), forward.RotaryTables())
+        given = forward.enter(model, *batch_and_noise(model, APART, conditioned=CONDITIONED), forward.RotaryTables())
     for name, values in per_sample.items():
-        torch.testing.assert_close(per_token[name], values, atol=1e-6, rtol=1e-5)
-    assert state.streams["video"].aligned["modulation"].tensor.shape == (2, 1, 9 * 64), "no (B, S, N·D) tensor without need"
+        assert torch.equal(per_token[name], values)
+    assert state.shared["video.modulation"].shape == (2, 1, 9 * 64)
+    assert given.shared["video.modulation"].shape == (2, 2, 9 * 64), "its own timestep and 0: never a (B, S, N·D) tensor"
 
 
 @pytest.mark.parametrize("generation", ["2.0", "2.3"])
@@ -125,15 +134,14 @@ def test_modulation_follows_own_timestep_and_gate_follows_the_other_sigma(genera
         def embed(module: torch.nn.Module, timestep: Tensor) -> Tensor:
             return module(timestep.flatten(), batch_size=2, hidden_dtype=torch.float32)[0].view(2, -1, module.linear.out_features)
 
-        video, audio = (state.streams[name].aligned for name in ("video", "audio"))
         expected = {
-            "modulation": (video["modulation"], embed(model.time_embed, own)),
-            "audio modulation": (audio["modulation"], embed(model.audio_time_embed, sigma["audio"] * 1000)),
-            "cross": (video["cross_modulation"], embed(model.av_cross_attn_video_scale_shift, own)),
-            "audio cross": (audio["cross_modulation"], embed(model.av_cross_attn_audio_scale_shift, sigma["audio"] * 1000)),
+            "video.modulation": embed(model.time_embed, own),
+            "audio.modulation": embed(model.audio_time_embed, sigma["audio"] * 1000),
+            "video.cross_modulation": embed(model.av_cross_attn_video_scale_shift, own),
+            "audio.cross_modulation": embed(model.av_cross_attn_audio_scale_shift, sigma["audio"] * 1000),
         }
-        for name, (got, wanted) in expected.items():
-            torch.testing.assert_close(got.tensor, wanted, atol=1e-5, rtol=1e-5, msg=name)
+        for name, wanted in expected.items():
+            torch.testing.assert_close(spread(state, name), wanted, atol=1e-5, rtol=1e-5, msg=name)
         # 700: this small model's cross_attn_timestep_scale_multiplier
         torch.testing.assert_close(state.shared["video.cross_gate"], embed(model.av_cross_attn_video_a2v_gate, sigma["audio"] * 700))
         torch.testing.assert_close(state.shared["audio.cross_gate"], embed(model.av_cross_attn_audio_v2a_gate, sigma["video"] * 700))
@@ -142,13 +150,89 @@ def test_modulation_follows_own_timestep_and_gate_follows_the_other_sigma(genera
             torch.testing.assert_close(state.shared["audio.prompt"], embed(model.audio_prompt_adaln, sigma["audio"] * 1000))
 
 
-def test_clean_stream_is_given_whole_at_timestep_zero() -> None:
-    model = transformer("2.0")
+@pytest.mark.parametrize("name", ["video", "audio"])
+@pytest.mark.parametrize("generation", ["2.0", "2.3"])
+def test_a_given_stream_is_clean_at_timestep_zero(generation: str, name: str) -> None:
+    """By hand: diffusers' blocks and embeddings over the clean latents, everything of that stream at 0, the other's gate too."""
+    model = transformer(generation)
     batch, noise = batch_and_noise(model, APART)
-    given = dataclasses.replace(batch, streams={**batch.streams, "audio": dataclasses.replace(batch.streams["audio"], clean=True)})
-    by_hand = batch_and_noise(model, {"video": APART["video"], "audio": (0.0, 0.0)})
+    given = dataclasses.replace(batch, streams={**batch.streams, name: dataclasses.replace(batch.streams[name], clean=True)})
+    other = "audio" if name == "video" else "video"
+    by_hand = batch_and_noise(model, {n: (0.0, 0.0) if n == name else APART[n] for n in APART})
+    assert torch.equal(by_hand[1].streams[name].noisy, batch.streams[name].latents)
     with torch.no_grad():
-        torch.testing.assert_close(predict(model, given, noise)["video"], predict(model, *by_hand)["video"])
+        state = forward.enter(model, given, noise, forward.RotaryTables())
+        assert torch.equal(predict(model, given, noise)[other], predict(model, *by_hand)[other])
+        gate = {"video": model.av_cross_attn_video_a2v_gate, "audio": model.av_cross_attn_audio_v2a_gate}[other]
+        expected, _ = gate(torch.zeros(2), batch_size=2, hidden_dtype=torch.float32)
+        own, _ = model.time_embed(torch.zeros(2), batch_size=2, hidden_dtype=torch.float32)
+    assert torch.equal(state.shared[f"{other}.cross_gate"][:, 0], expected)
+    assert name == "audio" or torch.equal(state.shared["video.modulation"][:, 0], own)
+    protected = {key: stream.protected for key, stream in state.streams.items()}
+    assert protected[other] is None and protected[name] is not None and bool(protected[name].all())
+
+
+# --- a reference clip --------------------------------------------------------------------------------------------
+SMALLER = (GRID[0], GRID[1] // 2, GRID[2] // 2)
+R = SMALLER[0] * SMALLER[1] * SMALLER[2]
+
+
+def with_reference(batch: Batch, noise: Noise) -> tuple[Batch, Noise]:
+    """The tokens of a clip at half size behind the picture's."""
+    stream, drawn = batch.streams["video"], noise.streams["video"]
+    tokens = normal(2, R, 128, seed=77)
+    own = torch.zeros(2, S, dtype=torch.bool) if stream.conditioned is None else stream.conditioned
+    conditioned = torch.cat([own, torch.ones(2, R, dtype=torch.bool)], dim=1)
+    longer = dataclasses.replace(
+        stream, latents=torch.cat([stream.latents, tokens], dim=1), conditioned=conditioned, extra_grid=SMALLER
+    )
+    drawn = dataclasses.replace(drawn, noisy=torch.cat([drawn.noisy, tokens], dim=1))
+    return dataclasses.replace(batch, streams={**batch.streams, "video": longer}), Noise({**noise.streams, "video": drawn})
+
+
+@pytest.mark.parametrize("generation", ["2.0", "2.3"])
+def test_reference_tokens_equal_diffusers_forward_with_appended_coordinates(generation: str) -> None:
+    """The picture's own path, which diffusers computes as the model's makers do; what crosses to sound is compared block by block."""
+    model = transformer(generation)
+    batch, noise = with_reference(*batch_and_noise(model, APART, conditioned=CONDITIONED))
+    stream, drawn = batch.streams["video"], noise.streams["video"]
+    assert stream.conditioned is not None and stream.extra_tokens == R
+    alone = dataclasses.replace(batch, streams={"video": stream}), Noise({"video": drawn})
+    with torch.no_grad():
+        state = forward.enter(model, *alone, forward.RotaryTables())
+        got = predict(model, *alone)["video"]
+        for i, rate in enumerate(RATES):
+            one = slice(i, i + 1)
+            coordinates = model.rope.prepare_video_coords(1, *GRID, "cpu", fps=rate)
+            appended = model.rope.prepare_video_coords(1, *SMALLER, "cpu", fps=rate)
+            appended[:, 1:] *= 2
+            sigma = drawn.sigma[one] * 1000
+            expected, _ = model(
+                hidden_states=drawn.noisy[one], audio_hidden_states=noise.streams["audio"].noisy[one],
+                encoder_hidden_states=batch.text["video"][one], audio_encoder_hidden_states=batch.text["audio"][one],
+                timestep=torch.where(stream.conditioned[one], 0.0, sigma[:, None]), audio_timestep=sigma, sigma=sigma, audio_sigma=sigma,
+                num_frames=GRID[0], height=GRID[1], width=GRID[2], fps=rate, audio_num_frames=LENGTH,
+                video_coords=torch.cat([coordinates, appended], dim=2), isolate_modalities=True, return_dict=False,
+            )  # fmt: skip
+            torch.testing.assert_close(got[one], expected, atol=1e-5, rtol=1e-5)
+    video = state.streams["video"]
+    assert (video.grid, video.extra_tokens, video.hidden.shape[1]) == (GRID, R, S + R)
+    assert video.protected is not None and bool(video.protected[:, S:].all())
+
+
+def test_reference_tokens_lie_where_the_picture_does_and_meet_the_sound_at_its_time() -> None:
+    model = transformer()
+    bounds = forward.token_coordinates(model.rope, forward.VIDEO, GRID, SMALLER, 25.0, "cpu")[0]
+    own, extra = bounds[:, :S], bounds[:, S:]
+    for axis in range(3):
+        assert (own[axis].min(), own[axis].max()) == (extra[axis].min(), extra[axis].max())
+    assert (extra[1, :, 1] - extra[1, :, 0]).unique().tolist() == [64.0]
+    with torch.no_grad():
+        tables = forward.RotaryTables()
+        given = with_reference(*batch_and_noise(model, APART))[0].streams["video"]
+        cosine = tables.for_batch(model, forward.VIDEO, given, (25.0,), torch.device("cpu"), cross=True)[0]
+        expected = model.cross_attn_rope(bounds[None, :1], device="cpu")[0]
+    assert torch.equal(cosine, expected)
 
 
 def _permuted(stream: TokenStream, order: Tensor) -> TokenStream:
@@ -167,9 +251,10 @@ def _permuted(stream: TokenStream, order: Tensor) -> TokenStream:
 @pytest.mark.parametrize("rope_type", ["split", "interleaved"])
 def test_permuted_tokens_give_permuted_predictions(rope_type: str, name: str) -> None:
     model = transformer("2.3", rope_type)
-    order = torch.randperm(S if name == "video" else LENGTH, generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(S + R if name == "video" else LENGTH, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        state = forward.enter(model, *batch_and_noise(model, APART, conditioned=CONDITIONED), forward.RotaryTables())
+        given = with_reference(*batch_and_noise(model, APART, conditioned=CONDITIONED))
+        state = forward.enter(model, *given, forward.RotaryTables())
         shuffled = BlockState({**state.streams, name: _permuted(state.streams[name], order)}, state.shared)
         for block in forward.transformer_blocks(model):
             state, shuffled = forward.call_block(block, state), forward.call_block(block, shuffled)
@@ -238,7 +323,7 @@ def test_timestep_stays_fp32_up_to_its_embedding() -> None:
         right, rounded = (
             model.time_embed(torch.tensor([t, t]), batch_size=2, hidden_dtype=torch.bfloat16)[0][:, None] for t in (873.2, 872.0)
         )
-    got = state.streams["video"].aligned["modulation"].tensor
+    got = state.shared["video.modulation"]
     assert torch.equal(got, right)
     assert not torch.equal(got, rounded)
     assert state.streams["video"].hidden.dtype == torch.bfloat16
@@ -251,7 +336,8 @@ def test_rotary_tables_are_built_once_and_bounded() -> None:
     device = torch.device("cpu")
 
     def table(rates: tuple[float, ...], grid: tuple[int, int, int] = GRID) -> Tensor:
-        return tables.for_batch(model, forward.VIDEO, grid, rates, device, cross=False)[0]
+        given = StreamBatch(torch.empty(0), grid)
+        return tables.for_batch(model, forward.VIDEO, given, rates, device, cross=False)[0]
 
     assert table((25.0, 25.0)).data_ptr() == table((25.0, 25.0)).data_ptr()
     mixed = table(RATES)

@@ -13,7 +13,7 @@ from tuner.interfaces.family import Variant
 from tuner.interfaces.services import TensorHeader
 from tuner_ltxvideo2 import tiny as tiny_module
 from tuner_ltxvideo2.loading import part_class
-from tuner_ltxvideo2.variants import FLAVOURS, detect
+from tuner_ltxvideo2.variants import FLAVOURS, detect, sampling_defaults
 
 
 def settings(part: str, arguments: Mapping[str, object]) -> dict[str, object]:
@@ -24,7 +24,7 @@ def settings(part: str, arguments: Mapping[str, object]) -> dict[str, object]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in {**defaults, **arguments}.items()}
 
 
-@pytest.mark.parametrize("release", ["2.0", "2.3"])
+@pytest.mark.parametrize("release", ["2.0", "2.3", "2.5"])
 def test_real_files_lead_to_the_released_arguments(release: str) -> None:
     variant = detect(metadata(release), headers(release))
     assert variant.name == release
@@ -36,7 +36,7 @@ def test_the_released_transformer_has_its_known_size() -> None:
     assert sum(p.numel() for p in modules("2.0")["transformer"].parameters()) == pytest.approx(18.876e9, abs=0.5e6)
 
 
-@pytest.mark.parametrize("release", ["2.0", "2.3"])
+@pytest.mark.parametrize("release", ["2.0", "2.3", "2.5"])
 def test_a_file_without_metadata_is_known_by_its_shapes(release: str) -> None:
     variant = detect({}, headers(release))
     assert variant.name == release
@@ -59,19 +59,27 @@ def test_interleaved_rotation_is_taken_from_the_file() -> None:
     assert (arguments["rope_type"], arguments["rope_double_precision"]) == ("interleaved", False)
 
 
+def test_the_published_file_of_2_5_has_its_known_size() -> None:
+    """Its header counts 4,349 tensors and 21,004,025,600 parameters: transformer and connectors without their projections."""
+    parts = modules("2.5")
+    connectors = {name: tensor for name, tensor in parts["connectors"].state_dict().items() if "text_proj_in" not in name}
+    tensors = [*parts["transformer"].state_dict().values(), *connectors.values()]
+    assert (len(tensors), sum(tensor.numel() for tensor in tensors)) == (4349, 21_004_025_600)
+    assert len(parts["vae"].state_dict()) == 170  # of ltx-2.5-video-vae-conv-bf16
+
+
 @pytest.mark.parametrize(
     "change", [{"model_version": "2.5.0"}, {"transformer": {"ff_bias": False}}, {"transformer": {"use_keyframes_abs_pos_embedding": True}}]
 )
-def test_2_5_is_recognised_and_refused(change: Mapping[str, object]) -> None:
-    with pytest.raises(CheckpointError, match=r"LTX-2\.5"):
-        detect(metadata("2.3") | change, headers("2.3"))
+def test_2_5_is_known_by_its_own_word(change: Mapping[str, object]) -> None:
+    said = metadata("2.3")
+    table = dict(said["transformer"]) | dict(change.get("transformer", {}))  # type: ignore[call-overload]
+    assert detect(said | change | {"transformer": table}, headers("2.5")).name == "2.5"
 
 
-def test_2_5_is_recognised_by_its_keys() -> None:
-    found = headers("2.3")
-    found["transformer"] = {name: header for name, header in found["transformer"].items() if not name.endswith(".ff.net.2.bias")}
-    with pytest.raises(CheckpointError, match="no bias"):
-        detect({}, found)
+def test_a_word_that_the_keys_belie_changes_no_argument() -> None:
+    arguments = detect(metadata("2.5"), headers("2.3")).config["transformer"]
+    assert (arguments["ff_bias"], arguments["use_keyframes_abs_pos_embedding"]) == (True, False)
 
 
 def test_unknown_sizes_without_metadata_are_an_error() -> None:
@@ -104,6 +112,13 @@ def test_the_tiny_file_leads_to_what_it_was_built_of(tiny_variant: Variant) -> N
         assert {k: v for k, v in found.items() if k not in unused} == {k: v for k, v in expected.items() if k not in unused}, part
 
 
-def test_flavours_name_a_repository_or_a_reason() -> None:
-    assert {"dev", "2.3-dev", "2.3-distilled", "tiny"} <= {name for name, flavour in FLAVOURS.items() if not flavour.refused}
-    assert {"dev-fp8", "dev-fp4", "2.5-dev", "2.5-distilled"} <= {name for name, flavour in FLAVOURS.items() if flavour.refused}
+def test_every_flavour_of_the_quickstart_is_there() -> None:
+    assert {"dev", "dev-fp8", "dev-fp4", "2.3-dev", "2.3-distilled", "2.5-dev", "2.5-distilled"} <= set(FLAVOURS)
+    assert {name for name, flavour in FLAVOURS.items() if flavour.distilled} == {
+        "distilled", "distilled-fp8", "2.3-distilled", "2.5-distilled"
+    }  # fmt: skip
+
+
+def test_distilled_models_sample_in_few_steps_without_guidance() -> None:
+    assert sampling_defaults(True) == {"validation_num_inference_steps": 8, "validation_guidance": 1.0}
+    assert sampling_defaults(False) == {}

@@ -1,42 +1,65 @@
-"""This version recognises the keys of memory strategies: they never change a result, so they are notices."""
+"""The keys of memory strategies: which ones switch a strategy on, and what they allow; published configurations are taken as they are."""
 
 from __future__ import annotations
 
 import pytest
 
 from tuner.config.resolve import resolve
-from tuner.config.vocabulary import Vocabulary
+from tuner.errors import ConfigError
 from tuner.plugins.loader import load_plugins
 from tuner_offload import plugin
+from tuner_offload.options import BlockSwapOptions, GroupOffloadOptions, RamTorchOptions, StartupOptions
 
-REQUESTS = {
-    "enable_group_offload": True, "group_offload_type": "leaf_level", "group_offload_blocks_per_group": 2, "group_offload_use_stream": True,
-    "group_offload_to_disk_path": "disk", "group_offload_text_encoder": True, "group_offload_vae": True, "musubi_blocks_to_swap": 12,
-    "musubi_block_swap_device": "cpu:0", "ramtorch": True, "ramtorch_text_encoder": True, "ramtorch_vae": True,
-    "ramtorch_target_modules": "*.attn*", "ramtorch_transformer_percent": 50, "ramtorch_text_encoder_percent": 50,
-    "offload_during_startup": True,
+COMPONENTS = {component.name: component for component in plugin.tuner_register_memory_strategies()}
+TYPES = [*plugin.tuner_register_options(), *(component.options for component in COMPONENTS.values())]
+
+SWITCHES = {
+    "enable_group_offload": GroupOffloadOptions, "group_offload_text_encoder": GroupOffloadOptions,
+    "group_offload_vae": GroupOffloadOptions,
+    "musubi_blocks_to_swap": BlockSwapOptions, "ramtorch": RamTorchOptions, "ramtorch_text_encoder": RamTorchOptions,
+    "ramtorch_vae": RamTorchOptions,
+}  # fmt: skip
+SETTINGS = {
+    "group_offload_type": "leaf_level", "group_offload_blocks_per_group": "2", "group_offload_use_stream": "true",
+    "group_offload_to_disk_path": "disk", "musubi_block_swap_device": "cpu:0", "ramtorch_target_modules": "*.attn*",
+    "ramtorch_transformer_percent": "50", "ramtorch_text_encoder_percent": 50, "offload_during_startup": True,
 }  # fmt: skip
 
 
-def test_the_requests_above_are_all_keys():
-    assert set(Vocabulary(plugin.tuner_register_options()).keys) == set(REQUESTS)
+@pytest.mark.parametrize("key", SWITCHES)
+def test_a_switch_turns_its_strategy_on_without_a_notice(key: str) -> None:
+    found = resolve(TYPES, flags={key: "4" if key == "musubi_blocks_to_swap" else "true"})
+    assert not found.notices
+    assert [options for options in set(SWITCHES.values()) if found.get(options).enabled()] == [SWITCHES[key]]
 
 
-@pytest.mark.parametrize("key", REQUESTS)
-def test_each_request_is_a_notice_with_its_reason(key):
-    found = resolve(plugin.tuner_register_options(), flags={key: REQUESTS[key]})
-    assert len(found.notices) == 1
-    assert found.notices[0].startswith(f"{key}: ") and "has no effect: " in found.notices[0]
+def test_other_keys_switch_nothing_on() -> None:
+    for settings in ({}, SETTINGS):
+        found = resolve(TYPES, flags=settings)
+        assert not found.notices and not any(found.get(options).enabled() for options in SWITCHES.values())
+    assert found.get(GroupOffloadOptions).group_offload_blocks_per_group == 2 and found.get(StartupOptions).offload_during_startup
 
 
-def test_the_published_group_offload_configuration_runs():
+def test_values_outside_their_limits_name_the_key() -> None:
+    wrong = {
+        "group_offload_type": "layer_level", "group_offload_blocks_per_group": 0, "musubi_blocks_to_swap": -1,
+        "ramtorch_transformer_percent": 101,
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as raised:
+        resolve(TYPES, flags=wrong)
+    assert all(key in str(raised.value) for key in wrong)
+
+
+def test_the_published_group_offload_configuration_is_taken_as_it_is() -> None:
     flags = {
         "enable_group_offload": True, "group_offload_type": "block_level", "group_offload_blocks_per_group": 1,
         "group_offload_use_stream": True,
     }  # fmt: skip
-    found = resolve(load_plugins({"TUNER_PLUGINS": "offload"}).option_types, flags=flags)
-    assert [notice.partition(":")[0] for notice in found.notices] == ["enable_group_offload", "group_offload_use_stream"]
+    registry = load_plugins({"TUNER_PLUGINS": "offload"})
+    assert not resolve(registry.option_types, flags=flags).notices
+    assert {component.name for component in registry.components("memory_strategy")} == {"block_swap", "group_offload", "ramtorch"}
 
 
-def test_defaults_say_nothing():
-    assert resolve(plugin.tuner_register_options()).notices == ()
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_every_strategy_can_be_imported(name: str) -> None:
+    assert COMPONENTS[name].load().name == name  # type: ignore[attr-defined]

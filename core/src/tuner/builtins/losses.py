@@ -1,6 +1,6 @@
 """The flow-matching loss of one stream, and its record over noise levels. Only `SigmaBands.flush` waits for the device.
 
-Dimensions: B samples, S tokens of one stream, C latent channels, N bands of sigma.
+Dimensions: B samples, S tokens of one stream, C latent channels, N bands of sigma, T loss terms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class FlowMatchingLoss(LossTerm):
     """Mean squared error of the velocity over the tokens that count, per sample, in float32.
 
     sum(mask · (v - (eps - x0))²) / sum(mask) over tokens and channels; flow matching with a straight path (Lipman et al. 2023,
-    arXiv:2210.02747). A sample is counted if it has the stream and any token of it counts; a `clean` stream never.
+    arXiv:2210.02747). A sample is counted if it has the stream and any token of it counts; a `clean` stream never. A batch without the
+    stream gives zeros that are not counted.
     """
 
     def __init__(self, stream: str, weight: float = 1.0) -> None:
@@ -29,7 +30,9 @@ class FlowMatchingLoss(LossTerm):
 
     def __call__(self, state: StepState) -> LossValue:
         """Values (B,) float32, 0 where not counted."""
-        stream = state.batch.streams[self.name]
+        stream = state.batch.streams.get(self.name)
+        if stream is None:
+            return self._absent(state)
         prediction = state.prediction.streams[self.name]
         mask = token_mask(stream)
         # Selecting before squaring: a value that is not finite in a token outside the loss must not reach the sum or the gradient.
@@ -37,6 +40,11 @@ class FlowMatchingLoss(LossTerm):
         weights = mask.sum(dim=1)
         values = (error.square().mean(dim=2) * mask).sum(dim=1) / torch.where(weights > 0, weights, 1.0)
         return LossValue(self.name, values, counted=weights > 0, weight=self.weight)
+
+    def _absent(self, state: StepState) -> LossValue:
+        other = next(iter(state.prediction.streams.values()))
+        values = torch.zeros(other.shape[0], device=other.device)
+        return LossValue(self.name, values, counted=torch.zeros_like(values, dtype=torch.bool), weight=self.weight)
 
 
 def token_mask(stream: StreamBatch) -> Tensor:
@@ -58,7 +66,9 @@ class SigmaBands:
     def __init__(self, bands: int = 4) -> None:
         self._edges = [index / bands for index in range(bands + 1)]
         self._totals: dict[str, Tensor] = {}
-        """Name -> (2, N) float64 on the device: sums of losses and counted samples; N = 1 for terms without a sigma."""
+        """Name -> (2, N + 1) float64 on the device: sums of losses and counted samples; the last column is of values without a sigma."""
+        self._banded: set[str] = set()
+        """Names that ever had a sigma; a stream that a batch lacks has none in that batch."""
 
     def add(self, losses: Iterable[LossValue], noise: Noise) -> None:
         """Accumulates unweighted values on their device; a term named after a stream is split by that stream's sigma."""
@@ -73,14 +83,22 @@ class SigmaBands:
             added = torch.stack(((share * values[:, None]).sum(dim=0), share.sum(dim=0)))
             known = self._totals.get(loss.name)
             self._totals[loss.name] = added if known is None else known + added
+            if stream is not None:
+                self._banded.add(loss.name)
 
     def _membership(self, values: Tensor, sigma: Tensor | None) -> Tensor:
-        """(B, N) float64: 1 in the band that a sample belongs to."""
-        if sigma is None:
-            return torch.ones((len(values), 1), dtype=torch.float64, device=values.device)
+        """(B, N + 1) float64: 1 in the band that a sample belongs to."""
         bands = len(self._edges) - 1
-        index = (sigma * bands).long().clamp(0, bands - 1)
-        return (index[:, None] == torch.arange(bands, device=index.device)).double()
+        index = torch.full_like(values, bands).long() if sigma is None else (sigma * bands).long().clamp(0, bands - 1)
+        return (index[:, None] == torch.arange(bands + 1, device=index.device)).double()
+
+    def totals(self) -> Tensor:
+        """(T, 2, N + 1) float64: what was added since the last `take`, in the order of the terms; ranks add theirs up."""
+        return torch.stack(list(self._totals.values()))
+
+    def replace(self, totals: Tensor) -> None:
+        """Puts sums over ranks in the place of `totals()`."""
+        self._totals = dict(zip(self._totals, totals.unbind(), strict=True))
 
     def take(self) -> dict[str, Tensor]:
         """Means since the last call as scalars on the device, by `loss/<name>` and `loss/<name>/sigma_0.25-0.50`.
@@ -90,8 +108,8 @@ class SigmaBands:
         means: dict[str, Tensor] = {}
         for name, (sums, counts) in self._totals.items():
             means[f"loss/{name}"] = sums.sum() / counts.sum()
-            if len(counts) > 1:
-                for (low, high), mean in zip(pairwise(self._edges), (sums / counts).unbind(), strict=True):
+            if name in self._banded:
+                for (low, high), mean in zip(pairwise(self._edges), (sums / counts).unbind()[:-1], strict=True):
                     means[f"loss/{name}/sigma_{low:.2f}-{high:.2f}"] = mean
         self._totals.clear()
         return means

@@ -1,4 +1,4 @@
-"""The core's own plugin, registered like any other: optimizers and the adapter format of peft."""
+"""The core's own plugin, registered like any other: optimizers, quantizers and the adapter format of peft."""
 
 from __future__ import annotations
 
@@ -21,6 +21,24 @@ def tuner_register_optimizers() -> list[Component]:
         ),
         Component("adamw8bit", "AdamW with state in 8 bits", AdamOptions, "tuner.builtins.optimizers:AdamW8bit", PAPER),
     ]
+
+
+@hookimpl
+def tuner_register_quantizers() -> list[Component]:
+    """8 and 4 bits, held by two libraries."""
+    torchao, quanto = "torchao (pytorch/ao)", "optimum-quanto (huggingface)"
+    return [
+        _quantizer("int8-torchao", "8-bit integers, a scale for each row", "Int8Torchao", torchao),
+        _quantizer("fp8-torchao", "8-bit floats (e4m3), a scale for each row", "Fp8Torchao", torchao),
+        _quantizer("int4-torchao", "4-bit integers, a scale and a zero for every 64 weights", "Int4Torchao", torchao),
+        _quantizer("int8-quanto", "8-bit integers, a 16-bit scale for each row", "Int8Quanto", quanto),
+        _quantizer("fp8-quanto", "8-bit floats (e4m3), a 16-bit scale for each row", "Fp8Quanto", quanto),
+        _quantizer("int4-quanto", "4-bit integers, a scale and a shift for every 64 weights", "Int4Quanto", quanto),
+    ]
+
+
+def _quantizer(name: str, summary: str, factory: str, source: str) -> Component:
+    return Component(name, summary, Options, f"tuner.builtins.quantizers:{factory}", source)
 
 
 @hookimpl

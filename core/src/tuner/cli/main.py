@@ -21,9 +21,11 @@ from tuner.errors import TunerError
 
 COMMANDS: Mapping[str, str] = {
     "train": "Train a model as config.json and flags say.",
+    "plan": "Show which memory settings fit this machine, before anything is loaded.",
     "cache": "Encode the dataset into the cache, without training.",
     "sample": "Generate clips, with or without a trained adapter.",
     "export": "Write a trained adapter to the file layout of another program.",
+    "push": "Upload a finished run to the model hub.",
     "plugins": "List plugins, show one, check all.",
     "options": "List the keys of config.json, or explain one.",
 }

@@ -36,8 +36,8 @@ class Terminal:
         for label, text in plan_rows(plan):
             table.add_row(label, text)
         self.console.print(table)
-        if plan.manifest.reasons():
-            self.console.print(plan.manifest.table(), markup=False, soft_wrap=True)
+        if "\n" in (verdicts := plan.manifest.table()):
+            self.console.print(verdicts, markup=False, soft_wrap=True)
         for notice in plan.notices:
             self.console.print(f"notice: {notice}", markup=False, soft_wrap=True)
 
@@ -70,7 +70,8 @@ class Terminal:
         self.close()
         if outcome.exit_code:
             self.console.print(f"stopped at step {outcome.step}; go on with --resume_from_checkpoint latest", markup=False)
-        for label, path in [("checkpoint", outcome.checkpoint), *(("trained", f) for f in outcome.files), ("sample", outcome.sample)]:
+        files = [("checkpoint", outcome.checkpoint), *(("trained", file) for file in outcome.files)]
+        for label, path in [*files, ("sample", outcome.sample), ("to publish", outcome.outbox)]:
             if path is not None:
                 self.console.print(f"{label:>10}  {path}", markup=False, soft_wrap=True)
 
@@ -93,22 +94,36 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
 
     settings, facts, manifest = plan.settings, plan.facts, plan.manifest
     optimizer, train = settings.get(OptimizerSettings), settings.get(TrainSettings)
-    buckets = ", ".join(f"{b.width}x{b.height}x{b.frames} ({n})" for b, n in manifest.bucket_counts().items())
+    buckets = ", ".join(f"{bucket} ({count})" for bucket, count in manifest.bucket_counts().items())
     return [
         ("model", f"{plan.family_name} {facts.variant.name}, {plan.source.description}"),
         ("streams", " + ".join(plan.streams)),
         ("size", f"{facts.parameters / 1e9:.3f} B parameters, {facts.blocks} blocks, {facts.bytes / 2**30:.2f} GiB"),
         ("training", describe_training(plan)),
         ("clips", manifest.describe()),
-        ("sound", manifest.ledger.describe()),
-        ("buckets", f"{buckets} (width x height x frames)"),
+        ("sound", manifest.describe_sound(train.train_batch_size, train.seed)),
+        ("buckets", f"{buckets} (width x height @ frames)"),
         ("length", f"{plan.total_steps} steps of {optimizer.gradient_accumulation_steps} x {train.train_batch_size} clips"
                    f"{f' on each of {plan.world} devices' if plan.world > 1 else ''}, {plan.batches_per_epoch} batches an epoch"),
         ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}"),
         ("device", f"{plan.context.device}, {str(plan.context.dtype).removeprefix('torch.')}"),
         ("output", str(plan.context.output_dir)),
+        *(("download", text) for text in plan.downloads),
+        *(("precision", text) for text in describe_precision(plan)),
         *(("memory", f"{strategy.name}: {strategy.plan(memory_facts(plan)).summary}") for strategy in plan.memory.strategies),
+        *([("memory", plan.predicted.describe())] if plan.predicted else []),
     ]  # fmt: skip
+
+
+def describe_precision(plan: Plan) -> list[str]:
+    """A line for each part that is quantized; for the transformer with its size before and after."""
+    from tuner.config.settings import ModelSettings
+    from tuner.train.plan import NO_CHANGE, quantized_bytes
+
+    model = plan.settings.get(ModelSettings)
+    base, text = model.base_model_precision, model.text_encoder_1_precision
+    sizes = f"{plan.facts.bytes / 2**30:.2f} -> {quantized_bytes(plan) / 2**30:.2f} GiB"
+    return [*([f"{base}: {sizes}"] if base != NO_CHANGE else []), *([f"text encoder {text}"] if text != NO_CHANGE else [])]
 
 
 def describe_training(plan: Plan) -> str:

@@ -11,105 +11,49 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from tuner.config.dataset_keys import LATER, sort_out
+from tuner.config.entries import (
+    KINDS,
+    SECTIONS,
+    AudioEntry,
+    AudioOptions,
+    CaptionedEntry,
+    CaptionStrategy,
+    ConditioningEntry,
+    DatasetEntry,
+    EvalEntry,
+    FolderEntry,
+    ImageEmbedsEntry,
+    ImageEntry,
+    PictureEntry,
+    ResolutionType,
+    TextEntry,
+    TrainedEntry,
+    VideoEntry,
+    VideoOptions,
+)
+from tuner.config.linking import link
 from tuner.config.settings import DataSettings
 from tuner.errors import ConfigError, DataError
 
-CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
-ResolutionType = Literal["pixel", "pixel_area", "area"]
+__all__ = [
+    "AudioEntry", "AudioOptions", "CaptionStrategy", "CaptionedEntry", "ConditioningEntry", "DatasetEntry", "EvalEntry", "FolderEntry",
+    "ImageEmbedsEntry", "ImageEntry", "PictureEntry", "ResolutionType", "TextEntry", "TrainedEntry", "VideoEntry", "VideoOptions",
+    "load_datasets",
+]  # fmt: skip
 
-LATER = "not supported in this version"
-OTHER_TYPES = frozenset({"s3", "aws", "csv", "huggingface"})
-OTHER_DATASETS = frozenset({"image", "audio", "image_embeds", "eval", "conditioning"})
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+OTHER_TYPES = frozenset({"s3", "aws", "csv", "huggingface", "webshart", "memory"})
+OTHER_DATASETS = frozenset({"conditioning_image_embeds", "caption", "distillation_cache"})
 
 
-class VideoOptions(_Section):
-    """`video` of an entry. Frames are counted at `frame_rate`, after resampling by presentation time."""
-
-    num_frames: int | None = Field(default=None, ge=1)
-    """Frames taken from each clip, from its start; the family's next lower valid count is used. Empty: as many as a clip has, at
-    most `tuner.data.manifest.LONGEST`."""
-    min_frames: int | None = Field(default=None, ge=1)
-    """Shorter clips are skipped. Empty: `num_frames`. Below `num_frames`, shorter clips are used at their own valid length."""
-    max_frames: int | None = Field(default=None, ge=1)
-    """Longer clips are skipped."""
-    frame_rate: float | None = Field(default=None, gt=0)
-    """Frames per second that clips are resampled to; the run's `frame_rate` when empty."""
-    bucket_strategy: str = "aspect_ratio"
-    frame_interval: int | None = Field(default=None, ge=1)
-    """Lengths below `num_frames` are rounded down to a multiple of it, so that fewer different lengths remain."""
-    is_i2v: bool = False
-
-
-class AudioOptions(_Section):
-    """`audio` of an entry: the sound of its clips, as long as their picture."""
-
-    auto_split: bool = True
-    """Whether the clips' sound is trained."""
-    audio_only: bool = False
-    sample_rate: int | None = Field(default=None, ge=1)
-    """Hz; must be what the family's audio encoder takes, to which all sound is resampled."""
-    channels: int | None = Field(default=None, ge=1)
-    """1: mix to mono, then feed every channel of the encoder. The encoder's own count, or empty: as recorded."""
-    duration_interval: float | None = Field(default=None, gt=0)
-    """Groups sound-only clips by length; sound that belongs to a picture has the picture's length."""
-    min_duration_seconds: float | None = Field(default=None, ge=0)
-    """Clips whose sound is shorter are skipped."""
-    max_duration_seconds: float | None = Field(default=None, gt=0)
-    """Clips whose sound is longer are skipped."""
-    truncation_mode: str = "beginning"
-    allow_zero_audio: bool = False
-    """Clips without a sound track are trained with silence as their sound."""
-
-
-class _Entry(_Section):
-    id: str = Field(min_length=1)
-    type: str = "local"
-    dataset_type: str = "video"
-    disabled: bool = False
-    default: bool = False
-    cache_dir: Path
-
-
-class VideoEntry(_Entry):
-    """A folder of clips."""
-
-    instance_data_dir: Path
-    caption_strategy: CaptionStrategy = "textfile"
-    instance_prompt: str = ""
-    resolution: float = Field(gt=0)
-    resolution_type: ResolutionType
-    repeats: int = Field(default=0, ge=0)
-    """Additional passes: each clip is seen `repeats` + 1 times an epoch."""
-    probability: float = 1.0
-    video: VideoOptions = VideoOptions()
-    audio: AudioOptions = AudioOptions()
-    s2v_datasets: list[str] = Field(default_factory=list)
-
-
-class TextEntry(_Entry):
-    """Where encoded captions are kept."""
-
-
-DatasetEntry = VideoEntry | TextEntry
-_SECTIONS: Mapping[str, type[BaseModel]] = {"video": VideoOptions, "audio": AudioOptions}
-_KINDS: Mapping[str, type[VideoEntry] | type[TextEntry]] = {"video": VideoEntry, "text_embeds": TextEntry}
-
-
-def load_datasets(
-    path: Path | None, data_dir: Path | None, settings: DataSettings, placeholders: Mapping[str, str]
-) -> list[DatasetEntry]:
+def load_datasets(path: Path | None, data_dir: Path | None, settings: DataSettings, placeholders: Mapping[str, str]) -> list[DatasetEntry]:
     """The enabled entries of the dataset file at `path`, or one video entry for the folder `data_dir`.
 
     Relative paths are relative to the working directory. `placeholders` (model_family, output_dir) and {id} are filled into
-    `cache_dir`. Raises `ConfigError` with all problems together, `DataError` when a folder of clips is missing.
+    `cache_dir`. Raises `ConfigError` with all problems together, `DataError` when a folder is missing.
     """
     if (path is None) == (data_dir is None):
         raise ConfigError(
@@ -117,10 +61,12 @@ def load_datasets(
             value={"data_backend_config": path and str(path), "data": data_dir and str(data_dir)}, remedy="give one of the two",
         )  # fmt: skip
     raw = _read(path) if path else [{"id": "data", "instance_data_dir": str(data_dir)}]
-    entries, problems = _parse_all(raw, settings, placeholders)
+    entries, others, problems = _parse_all(raw, settings, placeholders)
     where = str(path) if path else "data"
-    if not problems and not any(isinstance(entry, VideoEntry) for entry in entries):
-        problems = ["no enabled entry has dataset_type `video`: there is nothing to train on"]
+    entries, unlinked = link(entries, others)
+    problems += unlinked
+    if not problems and not any(isinstance(entry, TrainedEntry) for entry in entries):
+        problems = ["no enabled entry has dataset_type `video`, `image` or `audio`: there is nothing to train on"]
     if problems:
         raise ConfigError("the dataset file cannot be used:\n  " + "\n  ".join(problems), where=where)
     _require_folders(entries, where)
@@ -141,17 +87,22 @@ def _read(path: Path) -> list[object]:
     return content
 
 
-def _parse_all(raw: Sequence[object], settings: DataSettings, placeholders: Mapping[str, str]) -> tuple[list[DatasetEntry], list[str]]:
+def _parse_all(
+    raw: Sequence[object], settings: DataSettings, placeholders: Mapping[str, str]
+) -> tuple[list[DatasetEntry], dict[str, str], list[str]]:
+    """The entries, the ids of others ("disabled" or "invalid"), and all problems."""
     entries: list[DatasetEntry] = []
     problems: list[str] = []
     seen: set[str] = set()
+    others: dict[str, str] = {}
     for number, item in enumerate(raw, 1):
         if not isinstance(item, dict):
             problems.append(f"entry {number}: must be an object with keys (got {item!r})")
             continue
         entry = _given(item)
         name = f"entry {entry['id']!r}" if entry.get("id") else f"entry {number}"
-        if _is_true(entry.get("disabled")):
+        if _is_true(entry.pop("disable", False)) or _is_true(entry.get("disabled")):
+            others[str(entry.get("id"))] = "disabled"
             continue
         if str(entry.get("id")) in seen:
             problems.append(f"{name}: this id is used twice; ids must differ")
@@ -160,7 +111,9 @@ def _parse_all(raw: Sequence[object], settings: DataSettings, placeholders: Mapp
         problems += [f"{name}: {problem}" for problem in found]
         if parsed:
             entries.append(parsed)
-    return entries, problems
+        else:
+            others[str(entry.get("id"))] = "invalid"
+    return entries, others, problems
 
 
 def _given(value: Mapping[str, object]) -> dict[str, object]:
@@ -173,22 +126,23 @@ def _is_true(value: object) -> bool:
     return value is True or str(value).lower() in ("true", "1", "yes")
 
 
-def _parse(
-    raw: Mapping[str, object], settings: DataSettings, placeholders: Mapping[str, str]
-) -> tuple[DatasetEntry | None, list[str]]:
-    kind, storage = str(raw.get("dataset_type", "video")), str(raw.get("type", "local"))
-    problems = _known_choice("type", storage, ("local",), OTHER_TYPES) + _known_choice("dataset_type", kind, tuple(_KINDS), OTHER_DATASETS)
+def _parse(given: Mapping[str, object], settings: DataSettings, placeholders: Mapping[str, str]) -> tuple[DatasetEntry | None, list[str]]:
+    kind, storage = str(given.get("dataset_type", "video")), str(given.get("type", "local"))
+    problems = _known_choice("type", storage, ("local",), OTHER_TYPES) + _known_choice("dataset_type", kind, tuple(KINDS), OTHER_DATASETS)
     if problems:
         return None, problems
-    model = _KINDS[kind]
-    raw, unfilled = _filled(raw, settings, placeholders)
-    if model is VideoEntry:
+    model = KINDS[kind]
+    raw, notes, unsupported = sort_out(given, kind)
+    raw, unfilled = _filled(raw, model, settings, placeholders)
+    if issubclass(model, PictureEntry):
         raw = {"resolution": settings.resolution, "resolution_type": settings.resolution_type, **raw}
     try:
         entry = model.model_validate(raw)
     except ValidationError as error:
-        return None, unfilled + _explain(error, model)
-    return entry, unfilled + (_unsupported(entry) if isinstance(entry, VideoEntry) else [])
+        return None, unsupported + unfilled + _explain(error, model)
+    own = "cache_dir" in given or "cache_dir_vae" in given
+    entry.remember(tuple(f"{entry.id}: {note}" for note in notes), names_cache=own)
+    return entry, unsupported + unfilled + _contradictions(entry)
 
 
 def _known_choice(key: str, value: str, supported: Sequence[str], later: frozenset[str]) -> list[str]:
@@ -202,15 +156,18 @@ def _known_choice(key: str, value: str, supported: Sequence[str], later: frozens
 
 
 def _filled(
-    raw: Mapping[str, object], settings: DataSettings, placeholders: Mapping[str, str]
+    raw: Mapping[str, object], model: type[DatasetEntry], settings: DataSettings, placeholders: Mapping[str, str]
 ) -> tuple[dict[str, object], list[str]]:
-    """Fills the placeholders of `cache_dir` and expands `~`."""
+    """Fills the placeholders of `cache_dir` (for files also spelt `cache_dir_vae`) and expands `~`."""
     values = {**placeholders, "id": str(raw.get("id", ""))}
-    text = str(raw.get("cache_dir", settings.cache_dir))
+    filled = dict(raw)
+    if issubclass(model, FolderEntry) and "cache_dir_vae" in filled:
+        filled = {"cache_dir": filled.pop("cache_dir_vae"), **filled}
+    text = str(filled.get("cache_dir", settings.cache_dir))
     unknown = [name for name in re.findall(r"\{(\w*)\}", text) if name not in values]
     for name, value in values.items():
         text = text.replace("{" + name + "}", value)
-    filled = {**raw, "cache_dir": str(Path(text).expanduser())}
+    filled["cache_dir"] = str(Path(text).expanduser())
     if isinstance(folder := raw.get("instance_data_dir"), str):
         filled["instance_data_dir"] = str(Path(folder).expanduser())
     known = ", ".join(f"{{{name}}}" for name in sorted(values))
@@ -226,6 +183,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
             lines.append(_unknown_key(key, model))
         elif problem["type"] == "missing":
             lines.append(f"{key}: is required")
+        elif problem["type"] == "literal_error":
+            lines.append(f"{key}: must be {problem['ctx']['expected']} (got {problem['input']!r}); other values are {LATER}")
         else:
             lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {problem['input']!r})")
     return lines
@@ -233,36 +192,56 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 def _unknown_key(key: str, model: type[BaseModel]) -> str:
     section, _, name = key.rpartition(".")
-    owner = _SECTIONS.get(section, model)
+    owner = SECTIONS.get(section, model)
     near = get_close_matches(name, list(owner.model_fields), 3)
-    elsewhere = [part for part, other in _SECTIONS.items() if name in other.model_fields]
-    if not section and elsewhere and model is VideoEntry:
+    elsewhere = [part for part, other in SECTIONS.items() if name in other.model_fields and part in model.model_fields]
+    if not section and elsewhere:
         return f"{key}: unknown key here; it belongs inside `{elsewhere[0]}`"
     return f"{key}: unknown key" + (f"; did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else "")
 
 
-def _unsupported(entry: VideoEntry) -> list[str]:
-    """Values that are understood but would not be acted on."""
-    video, audio = entry.video, entry.audio
-    rules = (
-        (entry.probability != 1.0, f"probability: {entry.probability} is {LATER}; leave it at 1 and weigh entries by `repeats`"),
-        (video.bucket_strategy != "aspect_ratio", f"video.bucket_strategy: `{video.bucket_strategy}` is {LATER}; use `aspect_ratio`"),
-        (video.is_i2v, f"video.is_i2v: is {LATER}; first frames are conditioned by the family's own option, for all clips"),
-        (audio.audio_only, f"audio.audio_only: is {LATER}; clips need a picture"),
-        (audio.truncation_mode != "beginning", f"audio.truncation_mode: `{audio.truncation_mode}` is {LATER}; use `beginning`"),
-        (bool(entry.s2v_datasets), f"s2v_datasets: is {LATER}; sound comes from the clips themselves"),
-        (entry.caption_strategy == "instanceprompt" and not entry.instance_prompt, "instance_prompt: is required by `instanceprompt`"),
-        (video.min_frames is not None and video.max_frames is not None and video.min_frames > video.max_frames,
-         f"video.min_frames: {video.min_frames} is more than max_frames ({video.max_frames})"),
-    )  # fmt: skip
+def _contradictions(entry: DatasetEntry) -> list[str]:
+    """Values that are valid alone but not together."""
+    if not isinstance(entry, CaptionedEntry):
+        return []
+    audio = entry.audio
+    least, most = audio.min_duration_seconds, audio.max_duration_seconds
+    wants_prompt = entry.caption_strategy == "instanceprompt" or entry.prepend_instance_prompt
+    rules = [
+        (wants_prompt and not entry.instance_prompt.strip(),
+         f"instance_prompt: is required by {'prepend_instance_prompt' if entry.prepend_instance_prompt else '`instanceprompt`'}"),
+        (least is not None and most is not None and least > most,
+         f"audio.min_duration_seconds: {least} is more than max_duration_seconds ({most})"),
+        (audio.audio_only and audio.allow_zero_audio, "audio.allow_zero_audio: silence alone cannot be learned; leave out one of the two"),
+        (audio.audio_only and not audio.auto_split, "audio.auto_split: false with audio_only leaves nothing to learn"),
+    ]  # fmt: skip
+    if isinstance(entry, PictureEntry):
+        rules += _picture_contradictions(entry)
     return [text for holds, text in rules if holds]
 
 
+def _picture_contradictions(entry: PictureEntry) -> list[tuple[bool, str]]:
+    video, narrow, wide = entry.video, entry.minimum_aspect_ratio, entry.maximum_aspect_ratio
+    pointless = sorted({"video", "audio", "s2v_datasets"} & entry.model_fields_set) if isinstance(entry, ImageEntry) else []
+    return [
+        (bool(pointless), f"{', '.join(pointless)}: a still picture has no length and no sound"),
+        (video.min_frames is not None and video.max_frames is not None and video.min_frames > video.max_frames,
+         f"video.min_frames: {video.min_frames} is more than max_frames ({video.max_frames})"),
+        (narrow is not None and wide is not None and narrow > wide,
+         f"minimum_aspect_ratio: {narrow} is more than maximum_aspect_ratio ({wide})"),
+        (entry.audio.audio_only and bool(entry.conditioning_data or entry.s2v_datasets),
+         "audio.audio_only: the sound of these clips is trained alone, so conditioning_data and s2v_datasets have nothing to belong to"),
+        (bool(entry.s2v_datasets) and not entry.audio.auto_split, "s2v_datasets: audio.auto_split is false: no sound is trained"),
+        (bool(entry.conditioning_data) and entry.audio.truncation_mode != "beginning",
+         "audio.truncation_mode: with conditioning_data only `beginning`, where a reference and its clip begin together"),
+    ]  # fmt: skip
+
+
 def _require_folders(entries: Sequence[DatasetEntry], where: str) -> None:
-    missing = [e for e in entries if isinstance(e, VideoEntry) and not e.instance_data_dir.is_dir()]
+    missing = [e for e in entries if isinstance(e, FolderEntry) and not e.instance_data_dir.is_dir()]
     if missing:
         lines = "".join(f"\n  entry {e.id!r}: {e.instance_data_dir}" for e in missing)
         raise DataError(
-            f"these folders of clips do not exist:{lines}", where=where,
+            f"these folders do not exist:{lines}", where=where,
             remedy="mend instance_data_dir; relative paths start at the working directory",
         )  # fmt: skip

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from tuner.config.options import Options, option, unsupported
+from tuner.config.rollout_settings import RolloutSettings
 
 LATER = "not part of this version"
-
-
-def _rollout(help: str, default: object) -> Any:
-    """A key that means something only together with the rollout's own switch."""
-    return unsupported(help=help, reason="it belongs to scheduled_sampling_max_step_offset", changes_results=False, default=default)
 
 
 class ModelSettings(Options):
@@ -37,6 +33,9 @@ class ModelSettings(Options):
     )
     base_model_precision: str = option("no_change", help="Precision of the frozen blocks: `no_change`, or the name of a quantizer.")
     text_encoder_1_precision: str = option("no_change", help="The same for the text encoder.")
+    cuda_graphs: bool = option(
+        False, help="Replay forward and backward of each shape of batch as one CUDA graph: the step no longer waits for the CPU."
+    )
     dynamo_mode: str = unsupported(help="torch.compile of the blocks.", reason="compilation is " + LATER, changes_results=False, default="")
 
 
@@ -95,22 +94,6 @@ class TrainSettings(Options):
     disable_benchmark: bool = unsupported(
         help="Skip a baseline sample before training.", reason="no such sample is made", changes_results=False, default=True
     )
-    scheduled_sampling_max_step_offset: int = unsupported(
-        help="Steps of rollout during training; 0 is off.", reason=f"scheduled sampling is {LATER}", changes_results=True, default=0
-    )
-    scheduled_sampling_strategy: str = _rollout("Distribution of the rollout's length.", "")
-    scheduled_sampling_probability: float = _rollout("Share of rollouts.", 0.0)
-    scheduled_sampling_prob_start: float = _rollout("Share at the start of the ramp.", 0.0)
-    scheduled_sampling_prob_end: float = _rollout("Share at the end of the ramp.", 0.0)
-    scheduled_sampling_ramp_steps: int = _rollout("Length of the ramp.", 0)
-    scheduled_sampling_ramp_shape: str = _rollout("Shape of the ramp.", "")
-    scheduled_sampling_start_step: int = _rollout("Step at which the ramp begins.", 0)
-    scheduled_sampling_sampler: str = _rollout("Solver of the rollout.", "")
-    scheduled_sampling_order: int = _rollout("Order of the solver.", 0)
-    scheduled_sampling_reflexflow: bool = _rollout("ReflexFlow weighting.", False)
-    scheduled_sampling_reflexflow_alpha: float = _rollout("Its weight.", 0.0)
-    scheduled_sampling_reflexflow_beta1: float = _rollout("Its direction term.", 0.0)
-    scheduled_sampling_reflexflow_beta2: float = _rollout("Its magnitude term.", 0.0)
 
 
 class DataSettings(Options):
@@ -125,7 +108,10 @@ class DataSettings(Options):
     resolution_type: Literal["pixel", "pixel_area", "area"] = option(
         "pixel_area", help="What `resolution` means: shorter side, side of the square of equal area, or megapixels."
     )
-    minimum_image_size: float = option(0, ge=0, help="Clips whose shorter side is below it are skipped; 0: none.", unit="pixels")
+    minimum_image_size: float = option(
+        0, ge=0, help="Clips and pictures whose shorter side is below it are skipped; with `area` it counts megapixels. 0: none.",
+        unit="pixels"
+    )
     frame_rate: float | None = option(
         None, gt=0, help="Clips are resampled to it by presentation time; the family's default when empty.", unit="frames/s",
         aliases=("framerate",)
@@ -158,8 +144,11 @@ class RunSettings(Options):
     tracker_project_name: str = option("tuner", help="Project name for trackers.")
     tracker_run_name: str = option("", help="Run name for trackers; the output folder's name when empty.")
     log_interval: int = option(1, ge=1, help="Steps between two rows of metrics.jsonl and of trackers.", unit="steps")
-    push_to_hub: bool = unsupported(help="Upload the result.", reason="uploading is " + LATER, changes_results=False, default=False)
-    hub_model_id: str = unsupported(help="Repository to upload to.", reason="used only with push_to_hub", changes_results=False, default="")
+    push_to_hub: bool = option(False, help="Upload the result to the model hub at the end; `tuner push` sends it later.")
+    hub_model_id: str = option(
+        "", help="Repository to upload to, as `owner/name`; when empty one of your own, called as the run is for trackers."
+    )
+    hub_private: bool = option(True, help="Only you, or the members of the owning organization, see the repository.")
 
 
 class ValidationSettings(Options):
@@ -204,5 +193,5 @@ class ValidationSettings(Options):
 
 
 CORE_OPTIONS: tuple[type[Options], ...] = (
-    ModelSettings, AdapterSettings, OptimizerSettings, TrainSettings, DataSettings, RunSettings, ValidationSettings,
+    ModelSettings, AdapterSettings, OptimizerSettings, TrainSettings, RolloutSettings, DataSettings, RunSettings, ValidationSettings,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from tuner.config.datasets import ResolutionType
+from tuner.config.entries import ResolutionType
 from tuner.interfaces.family import Geometry
 
 WIDEST = 4.0
@@ -17,7 +17,7 @@ WIDEST = 4.0
 
 
 class Bucket(NamedTuple):
-    """What a clip is brought to."""
+    """What a clip, picture or sound is brought to; reported as `768x512@49`."""
 
     width: int
     height: int
@@ -26,7 +26,7 @@ class Bucket(NamedTuple):
     """Of sound alone, which has no picture; 0 where there is one: its frames tell."""
 
     def __str__(self) -> str:
-        return f"{self.seconds:g} s of sound" if self.seconds else f"{self.width}x{self.height}x{self.frames}"
+        return f"{self.seconds:g} s of sound" if self.seconds else f"{self.width}x{self.height}@{self.frames}"
 
 
 class FrameSize(NamedTuple):

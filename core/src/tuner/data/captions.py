@@ -1,11 +1,11 @@
-"""Captions of clips: a text file beside the clip, the file's name, or one prompt for all."""
+"""Captions: a text file beside the clip, picture or sound, the file's name, or one prompt for all."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import ClassVar
 
-from tuner.config.datasets import VideoEntry
+from tuner.config.entries import CaptionedEntry
 from tuner.errors import DataError
 
 
@@ -15,12 +15,18 @@ class CaptionProblem(DataError):
     reason: ClassVar[str] = "no caption"
 
 
-def read_caption(entry: VideoEntry, clip: Path) -> str:
-    """The stripped caption of `clip`. With `filename`, underscores stand for spaces. Raises `CaptionProblem`."""
+def read_caption(entry: CaptionedEntry, clip: Path) -> str:
+    """The caption of `clip`, stripped; a text file of several lines is one caption. With `filename`, underscores stand for spaces.
+
+    Raises `CaptionProblem`.
+    """
     if entry.caption_strategy == "instanceprompt":
         return entry.instance_prompt.strip()
-    if entry.caption_strategy == "filename":
-        return " ".join(clip.stem.replace("_", " ").split())
+    caption = " ".join(clip.stem.replace("_", " ").split()) if entry.caption_strategy == "filename" else _read(clip)
+    return f"{entry.instance_prompt.strip()} {caption}" if entry.prepend_instance_prompt else caption
+
+
+def _read(clip: Path) -> str:
     file = clip.with_suffix(".txt")
     try:
         # Editors on Windows put a byte order mark in front, which is no part of the caption.

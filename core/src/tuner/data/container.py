@@ -1,4 +1,4 @@
-"""Opens media files and tells what is in them. Runs in worker processes, so it imports neither torch nor numpy.
+"""Opens media files and tells what is in them. Runs in worker processes, so it imports no torch.
 
 Nothing but the file itself is read: demuxers that follow references to other files or to the network (playlists, concatenation
 scripts) are not admitted, whatever the file's name says.
@@ -6,101 +6,45 @@ scripts) are not admitted, whatever the file's name says.
 
 from __future__ import annotations
 
-import math
 from bisect import insort
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import av
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from tuner.errors import DataError
+from tuner.data.facts import (
+    DecoderFailed,
+    MediaError,
+    MediaFacts,
+    NoVideoStream,
+    RefusedMedia,
+    TooShort,
+    TruncatedMedia,
+    UndecodableSound,
+    UnreadableMedia,
+    count_frames,
+)
+from tuner.data.pictures import is_picture, probe_picture
 
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+__all__ = [
+    "DecoderFailed", "MediaError", "MediaFacts", "NoVideoStream", "RefusedMedia", "Timeline", "TooShort", "TruncatedMedia",
+    "UndecodableSound", "UnreadableMedia", "count_frames", "displayed_size", "is_picture", "open_media", "picture_stream",
+    "picture_timeline", "probe", "quarter_turns", "shows_pictures",
+]  # fmt: skip
+
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,flac,wav,w64,aiff,mp3,aac,ogg"
 """Demuxers that are admitted, under the names that libavformat gives them."""
+EXACT_LENGTHS = frozenset({"flac", "aiff"})
+"""Sound formats whose header states the length: one that holds less was cut off. (Of wav the size is compared; the others are a row
+of frames that may end anywhere.)"""
 LARGEST = 8192 * 8192
 """Pixels of a frame beyond which a file is taken for damaged or hostile: decoding one frame would need gigabytes."""
 PLAYLIST_MARKS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"[playlist]", b"RTSPtext")
-
-
-class MediaError(DataError):
-    """A file that cannot be used; `reason` is what such files are counted under."""
-
-    reason: ClassVar[str] = "unreadable"
-
-
-class UnreadableMedia(MediaError):
-    """Not a media file, or one that cannot be opened or decoded."""
-
-
-class RefusedMedia(MediaError):
-    """A playlist, a network format or an absurd size."""
-
-    reason = "refused"
-
-
-class TruncatedMedia(MediaError):
-    """The file ends before what its header announces, or frames in it are damaged."""
-
-    reason = "truncated or damaged"
-
-
-class NoVideoStream(MediaError):
-    """There is no picture."""
-
-    reason = "no video stream"
-
-
-class TooShort(MediaError):
-    """Fewer frames than asked for."""
-
-    reason = "too short"
-
-
-class UndecodableSound(MediaError):
-    """There is a sound track that cannot be decoded: a failure, never "no sound"."""
-
-    reason = "sound cannot be decoded"
-
-
-class DecoderFailed(MediaError):
-    """The decoder died or did not answer."""
-
-    reason = "decoder died or hung"
-
-
-@dataclass(frozen=True)
-class MediaFacts:
-    """What a clip holds, measured from its packets and its first frame."""
-
-    seconds: float
-    """Duration of the picture."""
-    width: int
-    """Displayed pixels: square, after rotation."""
-    height: int
-    frames: int
-    fps: float
-    """Average."""
-    slack: float
-    """Seconds by which the container rounds presentation times; see `Timeline`."""
-    codec: str
-    has_audio: bool
-    audio_codec: str = ""
-    audio_rate: int = 0
-    """Hz."""
-    audio_channels: int = 0
-    audio_seconds: float = 0.0
-    audio_problem: str = ""
-    """Why the sound track cannot be decoded; empty: it can."""
-
-    def frames_at(self, frame_rate: float, start: float = 0.0) -> int:
-        """How many frames the clip gives at `frame_rate` from `start` seconds on."""
-        return count_frames(self.seconds - start, frame_rate, self.slack)
 
 
 @dataclass
@@ -138,11 +82,6 @@ class Timeline:
         return min(self.tick, self.interval / 8)
 
 
-def count_frames(seconds: float, frame_rate: float, slack: float) -> int:
-    """How many k = 0, 1, ... have k / frame_rate before `seconds`. Twice the slack: the last frame's duration is rounded too."""
-    return max(0, math.ceil((seconds - 2 * slack) * frame_rate))
-
-
 @contextmanager
 def open_media(path: Path) -> Iterator[InputContainer]:
     """Opens `path` for reading. Raises `RefusedMedia`, `UnreadableMedia`; decoding errors inside the block become `UnreadableMedia`."""
@@ -169,18 +108,28 @@ def _refusal(path: Path) -> RefusedMedia | None:
 
 def picture_stream(container: InputContainer, path: Path) -> VideoStream:
     """The first moving picture (cover art is none). Raises `NoVideoStream`, `RefusedMedia`."""
-    for stream in container.streams.video:
-        if stream.disposition & av.stream.Disposition.attached_pic:
-            continue
-        if stream.codec_context is None:
-            raise UnreadableMedia("no decoder for its picture", where=str(path))
-        if stream.codec_context.width * stream.codec_context.height > LARGEST:
-            size = f"{stream.codec_context.width}x{stream.codec_context.height}"
-            raise RefusedMedia("its frames are unreasonably large", where=str(path), value=size)
-        # One thread each: several clips are decoded at once, and a process is easier to end without threads.
-        stream.codec_context.thread_count = 1
-        return stream
-    raise NoVideoStream("holds no picture", where=str(path), remedy="sound-only clips are not part of this version")
+    stream = _moving_picture(container)
+    if stream is None:
+        raise NoVideoStream("holds no picture", where=str(path), remedy="sound alone belongs into an entry of dataset_type `audio`")
+    if stream.codec_context is None:
+        raise UnreadableMedia("no decoder for its picture", where=str(path))
+    if stream.codec_context.width * stream.codec_context.height > LARGEST:
+        size = f"{stream.codec_context.width}x{stream.codec_context.height}"
+        raise RefusedMedia("its frames are unreasonably large", where=str(path), value=size)
+    # One thread each: several clips are decoded at once, and a process is easier to end without threads.
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _moving_picture(container: InputContainer) -> VideoStream | None:
+    streams = container.streams.video
+    return next((stream for stream in streams if not stream.disposition & av.stream.Disposition.attached_pic), None)
+
+
+def shows_pictures(path: Path) -> bool:
+    """Whether the file holds a moving picture beside its sound. Raises `MediaError`."""
+    with open_media(path) as container:
+        return _moving_picture(container) is not None
 
 
 def picture_timeline(path: Path) -> Timeline:
@@ -189,7 +138,14 @@ def picture_timeline(path: Path) -> Timeline:
 
 
 def probe(path: Path) -> MediaFacts:
-    """What the clip at `path` holds. Reads all packets, decodes the first frame and some sound. Raises `MediaError`."""
+    """What the file at `path` holds; its content decides, not its name. Raises `MediaError`.
+
+    Of a clip all packets are read, the first frame and some sound are decoded; a picture and sound alone are decoded whole.
+    """
+    if is_picture(path):
+        return probe_picture(path)
+    if not shows_pictures(path):
+        return _probe_sound(path)
     timeline, audio_seconds = _read_packets(path)
     with open_media(path) as container:
         stream = picture_stream(container, path)
@@ -206,6 +162,35 @@ def probe(path: Path) -> MediaFacts:
             slack=timeline.slack, codec=codec, has_audio=sound is not None, audio_codec=context.name if context else "",
             audio_rate=(context.rate or 0) if context else 0, audio_channels=context.channels if context else 0,
             audio_seconds=audio_seconds, audio_problem=_sound_problem(path) if sound else "",
+        )  # fmt: skip
+
+
+def _probe_sound(path: Path) -> MediaFacts:
+    """Of a file without moving picture. Lengths in headers of compressed sound are estimates, so all of it is decoded."""
+    with open_media(path) as container:
+        stream = next(iter(container.streams.audio), None)
+        if stream is None:
+            raise NoVideoStream("holds neither picture nor sound", where=str(path))
+        if stream.codec_context is None:
+            raise UndecodableSound("no decoder for its codec", where=str(path))
+        _require_indexed_bytes(container, path)
+        if container.format.name == "wav":
+            _require_riff_bytes(path)
+        begin, end, announced = None, 0.0, (container.duration or 0) / av.time_base
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise TruncatedMedia("its sound is damaged", where=str(path))
+            time = frame.time if frame.time is not None else end
+            begin = time if begin is None else begin
+            end = time + frame.samples / frame.sample_rate
+        if begin is None:
+            raise UndecodableSound("not one sample of its sound can be decoded", where=str(path))
+        if container.format.name in EXACT_LENGTHS and end - begin < announced - 0.1:
+            raise TruncatedMedia(f"the file ends early: {end - begin:.2f} of {announced:.2f} seconds are there", where=str(path))
+        context = stream.codec_context
+        return MediaFacts(
+            seconds=end - begin, width=0, height=0, frames=0, fps=0.0, slack=0.0, codec="", has_audio=True, audio_codec=context.name,
+            audio_rate=context.rate or 0, audio_channels=context.channels, audio_seconds=end - begin,
         )  # fmt: skip
 
 
@@ -252,6 +237,15 @@ def _require_indexed_bytes(container: InputContainer, path: Path) -> None:
         beyond = sum(1 for entry in stream.index_entries if entry.pos + entry.size > size)
         if beyond:
             raise TruncatedMedia(f"the file ends early: {beyond} of {len(stream.index_entries)} frames are missing", where=str(path))
+
+
+def _require_riff_bytes(path: Path) -> None:
+    """A wav states its size in bytes 4 to 8; 0 and the largest number say that whoever wrote it did not know."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    announced, there = int.from_bytes(head[4:8], "little"), path.stat().st_size - 8
+    if head[:4] == b"RIFF" and announced != 0xFFFFFFFF and there < announced:
+        raise TruncatedMedia(f"the file ends early: {there} of {announced} bytes are there", where=str(path))
 
 
 def _require_whole(container: InputContainer, picture: VideoStream, timeline: Timeline, last_end: float, path: Path) -> None:

@@ -1,17 +1,12 @@
-"""The training set: which clips make which batch of which epoch, and their records.
-
-The plan of an epoch is a pure function of (seed, epoch): no state is kept, so a run resumes at any step, and neither worker threads
-nor the number of processes change the order.
-"""
+"""The training set: the batches of an epoch, and their records."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import count
 
+from tuner.data.epochs import Draw, plan_epoch
 from tuner.data.manifest import Manifest
 from tuner.data.randomness import uniform
 from tuner.data.records import RecordPlaces
@@ -19,17 +14,7 @@ from tuner.errors import DataError
 from tuner.interfaces.encoders import LatentEncoder
 from tuner.interfaces.family import Sample
 
-
-@dataclass(frozen=True)
-class Draw:
-    """One clip's turn in an epoch."""
-
-    item: int
-    """Index in the items."""
-    repeat: int
-    """0 .. repeats."""
-    position: int
-    """In the epoch's order: the counter of random draws for this turn."""
+__all__ = ["Draw", "TrainingSet"]
 
 
 class TrainingSet:
@@ -63,26 +48,11 @@ class TrainingSet:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def epoch_plan(self, epoch: int) -> list[tuple[Draw, ...]]:
-        """The batches of an epoch, each of one group. Each item comes repeats + 1 times; a group's incomplete last batch is kept.
-
-        Draws are sorted by a number that depends on (seed, epoch, item, repeat) alone, then cut into batches, which are sorted likewise.
-        """
+        """The batches of an epoch; see `epochs.plan_epoch`."""
         planned = self._planned  # read once: the prefetch thread may be in the next epoch already
         if planned is None or planned[0] != epoch:
-            planned = self._planned = (epoch, self._plan(epoch))
+            planned = self._planned = (epoch, plan_epoch(self.items, self._batch_size, self._seed, epoch))
         return planned[1]
-
-    def _plan(self, epoch: int) -> list[tuple[Draw, ...]]:
-        groups: dict[object, list[tuple[int, int]]] = {}
-        for number, item in enumerate(self.items):
-            groups.setdefault(item.group, []).extend((number, repeat) for repeat in range(item.repeats + 1))
-        batches: list[list[tuple[int, int]]] = []
-        for turns in groups.values():
-            turns.sort(key=lambda turn: uniform(self._seed, "order", epoch, *turn))
-            batches += [turns[start : start + self._batch_size] for start in range(0, len(turns), self._batch_size)]
-        batches.sort(key=lambda batch: uniform(self._seed, "batches", epoch, *batch[0]))
-        position = count()
-        return [tuple(Draw(item, repeat, next(position)) for item, repeat in batch) for batch in batches]
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, index) of the batch number `step`, counted from 0 over all epochs."""

@@ -1,4 +1,4 @@
-"""Clips as tensors: decoding from files, and writing one as an mp4. Reading goes by presentation time, never by frame number.
+"""Clips as tensors: decoding from files, and writing them as mp4 or wav. Reading goes by presentation time, never by frame number.
 
 `av` is imported here, so this module is imported only where clips are really read or written.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from tuner.data.decode import decode_frames, decode_sound
 from tuner.errors import DataError, DiskError
 from tuner.interfaces.encoders import AudioClip, VideoClip
 
-__all__ = ["MediaFacts", "decode_audio", "decode_video", "probe", "write_mp4"]
+__all__ = ["MediaFacts", "decode_audio", "decode_video", "probe", "write_mp4", "write_wav"]
 
 
 def decode_video(path: Path, *, frames: int, frame_rate: float, size: tuple[int, int] | None = None, start: float = 0.0) -> VideoClip:
@@ -45,11 +47,30 @@ def write_mp4(path: Path, video: VideoClip, sound: AudioClip | None = None) -> N
     _, height, width, _ = video.frames.shape
     if width % 2 or height % 2:
         raise DataError("H.264 in yuv420p needs even sides", where=str(path), value=f"{width}x{height}")
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.mp4")
+    with _whole(path, "mp4") as container:
+        _write_streams(container, video, sound)
+
+
+def write_wav(path: Path, sound: AudioClip) -> None:
+    """Writes 16-bit PCM, the first two channels; the file appears under its name only when it is whole. Raises `DiskError`."""
+    layout = "mono" if sound.samples.shape[0] == 1 else "stereo"
+    numbers = (sound.samples[:2].cpu().float() * 32768).round().clamp(-32768, 32767).to(torch.int16)
+    with _whole(path, "wav") as container:
+        voice = container.add_stream("pcm_s16le", rate=sound.sample_rate, layout=layout)
+        samples = av.AudioFrame.from_ndarray(numbers.T.reshape(1, -1).contiguous().numpy(), "s16", layout)
+        samples.sample_rate, samples.pts, samples.time_base = sound.sample_rate, 0, Fraction(1, sound.sample_rate)
+        container.mux(voice.encode(samples))
+        container.mux(voice.encode(None))
+
+
+@contextmanager
+def _whole(path: Path, layout: str) -> Iterator[OutputContainer]:
+    """A container that becomes `path` when all of it is on the disk. Raises `DiskError`."""
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.{layout}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(temporary), "w", format="mp4") as container:
-            _write_streams(container, video, sound)
+        with av.open(str(temporary), "w", format=layout) as container:
+            yield container
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -13,7 +13,7 @@ from tuner.data.container import MediaFacts, probe
 
 log = logging.getLogger(__name__)
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Raised when the same file would give other facts."""
 INDEX_NAME = "media-index.json"
 

@@ -1,4 +1,7 @@
-"""Where the records of a run lie: item and encoder -> cache folder and key. Caching writes there, the training set reads there."""
+"""Where the records of a run lie: item and encoder -> file that is read -> cache folder and key.
+
+Caching writes there, the training set reads there.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,32 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """One file as an encoder reads it. For sound, `width`, `height` and `frames` are 0."""
+
+    path: Path
+    content: str
+    """sha256; empty for silence, which is made without a file."""
+    start: float
+    """Seconds into the file."""
+    seconds: float
+    width: int = 0
+    height: int = 0
+    frames: int = 0
+    frame_rate: float = 1.0
+    """1 for a single frame, which has none."""
+    mono: bool = False
+    alone: bool = False
+    """The sound is timed by its own beginning, not by a picture in the same file."""
+
+
+@dataclass(frozen=True)
 class EncoderIdentity:
     """What names an encoder's records; taken once, because fingerprints of weights cost time."""
 
     name: str
     reads: Literal["video", "audio", "text"]
+    of: str
     settings: Mapping[str, Setting]
 
 
@@ -39,21 +63,34 @@ class RecordPlaces:
 
     def __init__(self, encoders: Sequence[LatentEncoder], geometry: Geometry, text_cache: Path) -> None:
         self.geometry = geometry
-        self._encoders = {e.name: EncoderIdentity(e.name, e.reads, dict(e.settings())) for e in encoders}
+        self._encoders: dict[str, EncoderIdentity] = {}
         self._caches: dict[Path, RecordCache] = {}
         self._text_cache = text_cache
+        for encoder in encoders:
+            self.refresh(encoder)
+
+    def refresh(self, encoder: LatentEncoder) -> bool:
+        """Asks for the encoder's settings again; whether they changed, and with them its places."""
+        identity = EncoderIdentity(encoder.name, encoder.reads, encoder.of, dict(encoder.settings()))
+        changed = self._encoders.get(encoder.name) != identity
+        self._encoders[encoder.name] = identity
+        return changed
 
     def identities(self) -> dict[str, Mapping[str, Setting]]:
         """Encoder name -> what decides its records beside the source."""
         return {name: encoder.settings for name, encoder in self._encoders.items()}
 
-    def clip(self, item: Item, name: str) -> Place | None:
-        """The record of the item's picture or sound; None where the encoder reads sound and the item trains none."""
+    def source(self, item: Item, name: str) -> SourceFile | None:
+        """What encoder `name` reads of the item; None: nothing."""
         encoder = self._encoders[name]
-        source = video_source(item) if encoder.reads == "video" else audio_source(item, self.geometry)
-        if encoder.reads == "audio" and not item.has_audio:
+        return audio_source(item) if encoder.reads == "audio" else video_source(item, encoder.of)
+
+    def clip(self, item: Item, name: str) -> Place | None:
+        """The record of the item's picture, sound or companion; None where the item has none of what the encoder reads."""
+        encoder, source = self._encoders[name], self.source(item, name)
+        if source is None:
             return None
-        return Place(self._cache(item.cache_dir), record_key(source, name, encoder.settings))
+        return Place(self._cache(item.cache_dir), record_key(source_key(source, self.geometry), name, encoder.settings))
 
     def caption(self, text: str, name: str) -> Place:
         """The record of a caption."""
@@ -72,17 +109,45 @@ class RecordPlaces:
         return self._caches.setdefault(folder, RecordCache(folder))
 
 
-def video_source(item: Item) -> dict[str, Setting]:
-    """Everything that decides which pixels an encoder is given."""
-    return {
-        "reads": "video", "content": item.content, "width": item.bucket.width, "height": item.bucket.height, "frames": item.bucket.frames,
-        "frame_rate": item.frame_rate, "crop": "centre", "decode": DECODE_VERSION,
-    }  # fmt: skip
+def video_source(item: Item, of: str = "clip") -> SourceFile | None:
+    """The item's own picture, or the companion in the role `of`; None where there is none.
+
+    A companion runs beside the item: the same seconds of it are read, at the same rate. (A still one has no time.)
+    """
+    frames = item.bucket.frames
+    rate = item.frame_rate if frames > 1 else 1.0
+    if of == "clip":
+        if item.kind == "audio":
+            return None
+        return SourceFile(item.path, item.content, item.start, item.seconds, item.bucket.width, item.bucket.height, frames, rate)
+    companion = item.companion(of)
+    if companion is None:
+        return None
+    width, height = companion.bucket.width, companion.bucket.height
+    return SourceFile(companion.path, companion.content, item.start, item.seconds, width, height, frames, rate)
 
 
-def audio_source(item: Item, geometry: Geometry) -> dict[str, Setting]:
-    """Everything that decides which samples an encoder is given; silence depends on no file."""
+def audio_source(item: Item) -> SourceFile | None:
+    """The sound that is trained: of the companion where there is one, else the item's own; None where the item trains none."""
+    if not item.has_audio:
+        return None
+    companion = item.companion("sound")
+    if companion is not None:
+        return SourceFile(companion.path, companion.content, item.start, item.seconds, mono=item.mono, alone=True)
+    if item.silence:
+        return SourceFile(item.path, "", 0.0, item.seconds)
+    return SourceFile(item.path, item.content, item.start, item.seconds, mono=item.mono, alone=item.kind == "audio")
+
+
+def source_key(source: SourceFile, geometry: Geometry) -> dict[str, Setting]:
+    """Everything that decides which pixels or samples an encoder is given, and nothing else."""
+    if source.frames:
+        return {
+            "reads": "video", "content": source.content, "start": float(source.start), "width": source.width, "height": source.height,
+            "frames": source.frames, "frame_rate": float(source.frame_rate), "crop": "centre", "decode": DECODE_VERSION,
+        }  # fmt: skip
     return {
-        "reads": "audio", "content": "" if item.silence else item.content, "frames": item.bucket.frames, "frame_rate": item.frame_rate,
-        "sample_rate": geometry.sample_rate, "channels": geometry.audio_channels, "mono": item.mono, "decode": DECODE_VERSION,
+        "reads": "audio", "content": source.content, "start": float(source.start), "samples": round(source.seconds * geometry.sample_rate),
+        "sample_rate": geometry.sample_rate, "channels": geometry.audio_channels, "mono": source.mono, "alone": source.alone,
+        "decode": DECODE_VERSION,
     }  # fmt: skip

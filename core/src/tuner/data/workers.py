@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from tuner.errors import DataError, EnvironmentProblem, TunerError
 T = TypeVar("T")
 MOST_WORKERS = 4
 """Decoding hides behind encoding long before this."""
+GLANCE = 0.2
+"""Seconds after which a waiting `map` looks whether it is to stop."""
 START_SECONDS = 120.0
 """A process that has not come up by then never will."""
 
@@ -39,6 +42,8 @@ def _serve(pipe: Connection) -> None:
             reply: tuple[object, TunerError | None] = (function(*arguments), None)
         except TunerError as error:
             reply = (None, error)
+        except MemoryError:
+            reply = (None, DecoderFailed("there is not enough host memory to decode it", where=str(arguments[0])))
         pipe.send(reply)
 
 
@@ -91,6 +96,7 @@ class DecodeWorkers:
         self._count = count or min(MOST_WORKERS, os.cpu_count() or 1)
         self._timeout = timeout
         self._idle: list[_Worker] = []
+        self._stopping = threading.Event()
 
     def __enter__(self) -> DecodeWorkers:
         return self
@@ -103,19 +109,26 @@ class DecodeWorkers:
         while self._idle:
             self._idle.pop().end()
 
-    def map(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]]) -> Iterator[T | DataError]:
+    def stop(self) -> None:
+        """Makes a `map` that another thread is waiting in end early, whatever its decoders are doing."""
+        self._stopping.set()
+
+    def map(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], most: int | None = None) -> Iterator[T | DataError]:
         """`function(*task)` for each task, in order, some tasks ahead of the consumer. Failures of a clip come as `DataError`.
 
-        `function` and arguments must be picklable, the first argument names the clip. Raises other `TunerError`s.
+        `function` and arguments must be picklable, the first argument names the clip. `most`: results at most, finished or being made, that
+        nobody has taken yet. Raises other `TunerError`s.
         """
+        self._stopping.clear()
+        most = max(1, most or 2 * self._count)
         todo = enumerate(tasks)
         jobs: dict[Connection, _Job] = {}
         done: dict[int, T | DataError] = {}
         upcoming = 0
         exhausted = False
         try:
-            while True:
-                while not exhausted and len(jobs) < self._count and len(done) < self._count:
+            while not self._stopping.is_set():
+                while not exhausted and len(jobs) < self._count and len(jobs) + len(done) < most:
                     if (item := next(todo, None)) is None:
                         exhausted = True
                         break
@@ -141,7 +154,7 @@ class DecodeWorkers:
         """Waits for an answer, a death or a deadline."""
         if not jobs:
             return
-        rest = min(job.deadline for job in jobs.values()) - time.monotonic()
+        rest = min(GLANCE, min(job.deadline for job in jobs.values()) - time.monotonic())
         # Answers are taken before deadlines are looked at: the consumer may have been busy for longer than that.
         answered = set(wait(list(jobs), max(0.0, rest)))
         for pipe in [pipe for pipe in jobs if pipe in answered]:
@@ -160,7 +173,8 @@ class DecodeWorkers:
             job.worker.process.join(START_SECONDS)
             code = job.worker.process.exitcode
             job.worker.end()
-            return DecoderFailed(f"the decoder died (exit code {code})", where=job.where)
+            hint = ", perhaps because the machine ran out of memory" if code == -signal.SIGKILL else ""
+            return DecoderFailed(f"the decoder died (exit code {code}{hint})", where=job.where)
         self._idle.append(job.worker)
         if isinstance(error, DataError):
             return error

@@ -38,6 +38,9 @@ class TokenStream:
     """(B, K) int64: positions in the full sequence, once tokens have been selected; None: all, in order."""
     protected: Tensor | None = None
     """(B, S) bool: conditioning tokens that nobody may drop; None: none."""
+    extra_tokens: int = 0
+    """So many tokens at the end of the full sequence lie on no place of `grid`, such as those of a reference clip: S = F·H·W + this.
+    They are protected. Who works on the grid leaves out positions (`token_ids`) from F·H·W on."""
 
 
 @dataclass(frozen=True)

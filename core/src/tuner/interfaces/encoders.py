@@ -69,3 +69,11 @@ class LatentEncoder(ABC):
     @abstractmethod
     def encode(self, sources: Sequence[Source]) -> list[Record]:
         """Encodes equally shaped sources; CPU tensors in, CPU tensors out, one record each."""
+
+    def reduce_memory(self) -> str | None:
+        """Switches, loaded or not, to a way of encoding that is slower, needs less memory and gives the same records.
+
+        (Where an encoder's records do change, its `settings` must change with them; all its records are then made anew.)
+        Says what it did, for people; None: there is nothing left to switch on.
+        """
+        return None

@@ -5,6 +5,7 @@ Dimensions: B samples, S tokens of one stream, C latent channels, T text tokens,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tuner.config.options import Options
 from tuner.interfaces.blocks import BlockSet, BlockState
 from tuner.interfaces.encoders import AudioClip, LatentEncoder, Record, VideoClip
+from tuner.interfaces.services import CardFacts
 
 if TYPE_CHECKING:
     from tuner.config.settings import ModelSettings
@@ -99,6 +101,10 @@ class ModelFacts:
     """Of the transformer, at the run's dtype."""
     adapter_targets: int
     """How many linear layers the default LoRA targets match."""
+    linear_shapes: tuple[tuple[int, int], ...] = ()
+    """(out, in) of each linear layer of the largest block, in order; empty: not known."""
+    linear_names: tuple[str, ...] = ()
+    """Their names inside the block; empty: not known."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,13 @@ class StreamBatch:
     """(B, S) bool: tokens given clean, at timestep 0, outside the loss; None: none."""
     clean: bool = False
     """The whole stream is given, not learned: sigma 0 for every sample."""
+    extra_grid: tuple[int, int, int] | None = None
+    """Grid of further tokens behind those of `grid`, such as a reference clip's; all of them are `conditioned`. None: there are none."""
+
+    @property
+    def extra_tokens(self) -> int:
+        """How many tokens at the end belong to `extra_grid`."""
+        return math.prod(self.extra_grid) if self.extra_grid else 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +193,9 @@ class StreamNoise:
     """(B, S, C) float32 velocity."""
     noise: Tensor
     """(B, S, C) float32 eps."""
+    drift: Tensor | None = None
+    """(B, S, C) float32: how far a rollout of the model itself moved `noisy` off the point that was drawn; `noise` and `target` are
+    those that lead through `noisy`. 0 where nothing was rolled out; None: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +246,9 @@ class Located:
     weights: Path
     """File or folder."""
     description: str
-    """For people and for model cards: repository and revision, or the file's name; no private path."""
+    """For people and for model cards: repository and commit, or the file's name; no private path."""
+    downloads: tuple[str, ...] = ()
+    """What a run would have to download first, in words; only of a preview."""
 
 
 class ModelFamily(ABC):
@@ -252,6 +270,13 @@ class ModelFamily(ABC):
         Raises `ConfigError` for an unknown flavour, `HubError`, `CheckpointError` where nothing is found.
         """
 
+    def preview(self, settings: ModelSettings, scratch: Path) -> Located:
+        """`locate` for a plan that is only looked at: nothing large is downloaded, and what has to be written goes into `scratch`.
+
+        A family that downloads puts there what the plan reads, such as headers, and names the rest in `Located.downloads`.
+        """
+        return self.locate(settings, scratch)
+
     @abstractmethod
     def inspect(self, source: WeightSource, streams: Sequence[str]) -> ModelFacts:
         """Reads headers only. Raises `CheckpointError` for a checkpoint this family does not know."""
@@ -269,9 +294,28 @@ class ModelFamily(ABC):
         """Which streams are trained, given those that the dataset has; in the order of `stream_names`."""
         return tuple(name for name in self.stream_names if name in available)
 
+    def learned_streams(self, streams: Sequence[str]) -> tuple[str, ...]:
+        """Those of `streams` that have a loss; the others are given clean."""
+        return tuple(streams)
+
     def stream_weights(self) -> Mapping[str, float]:
         """Weight of each stream's loss; 1 where not named."""
         return {}
+
+    def notices(self) -> Sequence[str]:
+        """What its options ask for and get otherwise, such as a length that was rounded; shown with the plan."""
+        return ()
+
+    def file_facts(self, companions: Mapping[str, Sequence[tuple[ClipShape, ClipShape]]]) -> Mapping[str, str]:
+        """What other programs must find in the metadata of an adapter that was trained on such companions.
+
+        `companions`: role -> the different pairs of an item's shape and its companion's.
+        """
+        return {}
+
+    def card_facts(self, settings: ModelSettings, given: frozenset[str]) -> CardFacts:
+        """What the model card says; `given`: what clips of the dataset are trained with: "first_frame", "reference", "mask"."""
+        return CardFacts()
 
     # --- the training model --------------------------------------------------------------------------------------
     @abstractmethod
@@ -282,6 +326,10 @@ class ModelFamily(ABC):
 
         `placement`: reads the blocks one by one onto `placement.reading` and hands each over; None: everything goes to `device`.
         """
+
+    def empty(self, source: WeightSource, streams: Sequence[str], dtype: torch.dtype, blocks: int = 0) -> nn.Module | None:
+        """What `load` gives, on the meta device; of the blocks only so many (0: all). None: not offered, then no run can be forecast."""
+        return None
 
     @abstractmethod
     def collate(self, samples: Sequence[Sample], streams: Sequence[str]) -> Batch:
@@ -325,6 +373,13 @@ class ModelFamily(ABC):
     # --- sampling ------------------------------------------------------------------------------------------------
     def check_request(self, request: SampleRequest) -> None:
         """Raises `ConfigError` for a size or length that cannot be generated. Called while planning."""
+
+    def check_sampling(self, source: WeightSource) -> None:
+        """Raises `CheckpointError` where the checkpoint lacks what samples are made with. Called while planning."""
+
+    def request_defaults(self, settings: ModelSettings) -> Mapping[str, float]:
+        """Validation key -> value, for the keys of which this model needs another than the default, such as steps and guidance."""
+        return {}
 
     @abstractmethod
     def sample(

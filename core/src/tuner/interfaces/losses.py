@@ -28,6 +28,7 @@ class TapValue:
     hidden: Tensor
     """(B, S, D), or (B, K, D) where tokens were selected."""
     grid: tuple[int, int, int]
+    """Of the first F·H·W positions; tokens at positions behind them lie on no place of it (`TokenStream.extra_tokens`)."""
     token_ids: Tensor | None
     """(B, K) positions in the full sequence; None: all, in order."""
 

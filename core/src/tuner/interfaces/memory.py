@@ -32,7 +32,9 @@ class MemoryFacts:
     world_size: int = 1
     part: str = "transformer"
     linear_bytes: tuple[int, ...] = ()
-    """Of the frozen linear layers of one block, in order; empty: not known."""
+    """Of the weights of the frozen linear layers of one block, in order; empty: not known."""
+    linear_names: tuple[str, ...] = ()
+    """Their names inside the block; empty: not known."""
     host_bytes: int = 0
     """Host memory that is free; 0: not known."""
 
@@ -50,6 +52,10 @@ class MemoryPlan:
     """Copied to the device in a training step with every block recomputed."""
     overhead: float
     summary: str
+    forward_bytes: int = 0
+    """Of `traffic_bytes`, those of the walk forward."""
+    beside: bool = True
+    """Whether copies run beside the computation."""
 
 
 class MemorySession:
@@ -58,6 +64,9 @@ class MemorySession:
     The runner calls the block events around each block. A step is `begin_step`, a forward walk 0..N-1, where gradients are wanted
     a backward walk N-1..first_backward, then `end_step`; or `abort` in place of the rest.
     """
+
+    capturable: bool = True
+    """Whether a steady step's events only queue work on the device, in the same order every time: then a CUDA graph may hold them."""
 
     def receive(self, index: int, block: nn.Module, device: torch.device) -> None:
         """All weights of block `index` have been read (and quantized): takes them to where they will live. No adapters yet."""
@@ -107,9 +116,18 @@ class MemoryStrategy(ABC):
 
     name: str
 
+    @classmethod
+    def candidates(cls, blocks: int) -> Sequence[Mapping[str, object]]:
+        """Settings worth trying for a transformer of so many blocks where memory is short: key -> value, each enough to switch it on."""
+        return ()
+
     def parts(self) -> frozenset[str]:
         """Which parts its options ask it to hold."""
         return frozenset({"transformer"})
+
+    def keys(self, part: str) -> tuple[str, ...]:
+        """The keys that ask it to hold `part`, to be named where another strategy is asked to hold it too."""
+        return ()
 
     @abstractmethod
     def supports(self, facts: MemoryFacts) -> Sequence[TunerError]:
@@ -133,6 +151,8 @@ class Placement(ABC):
 
     reading: torch.device
     """Where the loader puts a block's weights."""
+    streamed: bool = False
+    """Whether a strategy brings the weights to the device in turn: what else is large is then better left in host memory too."""
 
     @abstractmethod
     def received(self, index: int, block: nn.Module) -> None:
@@ -154,6 +174,10 @@ class Placement(ABC):
 class PartMemory(ABC):
     """Opens parts under the strategy and precision that the run's options ask for."""
 
+    def precision(self, part: str) -> str:
+        """What the weights of `part` are rounded to: a quantizer's name, or "no_change". Who caches what a part computes needs it."""
+        return "no_change"
+
     @abstractmethod
     def open(self, part: str, blocks: int, device: torch.device) -> Placement:
         """A placement for a part that will compute on `device`; a plain one where nothing is asked for."""
@@ -172,6 +196,8 @@ class Quantizer(ABC):
     """Replaces the weights of linear layers by fewer bytes, block by block while loading."""
 
     name: str
+    distribution: str = ""
+    """The installed package whose version decides the numbers, so that a resume compares it; empty: none."""
 
     @abstractmethod
     def quantize(self, module: nn.Module) -> QuantizedPart:

@@ -107,6 +107,18 @@ class CheckpointFormat(ABC):
         """Reads it back. Raises `CheckpointError`."""
 
 
+@dataclass(frozen=True)
+class CardFacts:
+    """What a family adds to the model card of a result."""
+
+    task: str = ""
+    """Pipeline tag of the hub, such as "image-to-video"; empty: what follows from the streams."""
+    pipeline: str = "DiffusionPipeline"
+    """Class of diffusers that takes the adapter."""
+    repository: str = ""
+    """Hub repository from which that class loads the base model; empty: not known."""
+
+
 class Tracker(ABC):
     """Receives metrics. A tracker that fails is reported once and left out; it never stops training."""
 

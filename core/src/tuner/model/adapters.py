@@ -2,7 +2,8 @@
 
 An adapted linear computes W·x + alpha / rank · B·A·x (Hu et al. 2021, arXiv:2106.09685). A and B have the dtype of the model, so that the
 forward pass casts nothing; float32 copies for the optimizer are the business of `tuner.train.masters`. A's values depend on the seed and
-the module's name alone, B starts at 0.
+the module's name alone, B starts at 0. A quantized W makes no difference: the layer itself computes W·x, and peft's own layers for the
+quantized tensors of this or that library, each with its own limits, are not used.
 
 Dimensions: A (rank, in), B (out, rank).
 """
@@ -18,8 +19,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tuner.config.settings import AdapterSettings
 from tuner.data.randomness import generator
@@ -30,6 +32,19 @@ ADAPTER = "default"
 """peft's name for the one adapter that is trained."""
 TARGETS_KEY = "peft_lora_target_modules"
 ALL_LINEAR = "all-linear"
+
+
+class LoraLinear(Linear):
+    """peft's plain LoRA over any linear layer, quantized or not; into quantized weights it is never merged."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises `ConfigError` where the base is quantized: the sum would be rounded to 8 or 4 bits, and small updates lost."""
+        if is_traceable_wrapper_subclass(self.get_base_layer().weight):
+            raise ConfigError(
+                "an adapter is not merged into quantized weights", where="base_model_precision",
+                remedy="keep it as a file of its own, or load the model with base_model_precision no_change",
+            )  # fmt: skip
+        super().merge(safe_merge, adapter_names)
 
 
 def resolve_targets(model: nn.Module, wanted: Sequence[str] | str | None, defaults: Sequence[str]) -> list[str]:
@@ -85,6 +100,8 @@ def add_adapters(model: nn.Module, targets: Sequence[str], settings: AdapterSett
     config = LoraConfig(
         r=settings.lora_rank, lora_alpha=adapter_alpha(settings), lora_dropout=settings.lora_dropout, target_modules=list(targets)
     )
+    # Asked before peft's own dispatchers, which would take a layer by the library that its weight belongs to.
+    config._register_custom_module({nn.Linear: LoraLinear})
     # peft reads `target_modules` as name endings, so "proj" would adapt "audio.proj" too; names of a state dict it takes as they are,
     # and warns where the two readings differ.
     names = {f"{name}.lora_A.weight": torch.empty(0) for name in targets}
@@ -111,6 +128,8 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def _initialise(layer: LoraLayer, name: str, seed: int) -> None:
     """A uniform in ±1/sqrt(in) as peft draws it, B zero, both in the dtype of the base layer's computation."""
     a, b = _matrices(layer)
+    if a.is_meta:
+        return
     initial = torch.empty(a.shape, dtype=torch.float32)
     nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=generator(seed, f"adapter/{name}"))
     a.copy_(initial)

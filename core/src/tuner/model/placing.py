@@ -6,6 +6,7 @@ One block at a time is in host memory in its stored precision, so the peak there
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.memory import MemorySession, MemoryStrategy, PartMemory, Placement, Quantizer
+
+log = logging.getLogger(__name__)
 
 HOST = torch.device("cpu")
 
@@ -30,6 +33,9 @@ class RunMemory(PartMemory):
         """The one that holds `part`; None: it stays on the device."""
         return next((strategy for strategy in self.strategies if part in strategy.parts()), None)
 
+    def precision(self, part: str) -> str:
+        return self.quantizers[part].name if part in self.quantizers else super().precision(part)
+
     def open(self, part: str, blocks: int, device: torch.device) -> Placement:
         strategy = self.strategy(part)
         session = strategy.open(part, blocks, device) if strategy else MemorySession()
@@ -43,16 +49,20 @@ class BlockPlacement(Placement):
         self.session = session
         self.quantizer = quantizer
         self.device = device
+        self.streamed = streamed
         # Quantizing is quick where the weights will be computed with; what is streamed unquantized need not go there first.
         self.reading = HOST if streamed and quantizer is None else device
+        self._quantized = 0
         self._undo: list[Callable[[], None]] = []
 
     def received(self, index: int, block: nn.Module) -> None:
         if self.quantizer is not None:
-            self.quantizer.quantize(block)
+            self._quantized += len(self.quantizer.quantize(block).modules)
         self.session.receive(index, block, self.device)
 
     def attach(self, blocks: BlockSet, *, owner: nn.Module | None = None) -> MemorySession:
+        if self.quantizer is not None and not self._quantized:
+            log.warning("%s: no linear layer of %s and the other blocks is large enough for it", self.quantizer.name, blocks.names[0])
         self.session.attach(blocks)
         if owner is not None and type(self.session) is not MemorySession:
             self._undo = fire_events(owner, blocks.blocks, self.session)

@@ -104,7 +104,7 @@ class BlockRunner(BlockFunction):
         """Values of the last pass with gradients."""
         self._parameters = [trainable_parameters(block) for block in blocks.blocks]
         self._chain = self._build_chain()
-        self._draws = any(isinstance(m, nn.Dropout) and m.p > 0 for block in blocks.blocks for m in block.modules())
+        self.draws = any(isinstance(m, nn.Dropout) and m.p > 0 for block in blocks.blocks for m in block.modules())
 
     def _build_chain(self) -> tuple[_Node, ...]:
         count = len(self.blocks)
@@ -148,13 +148,14 @@ class BlockRunner(BlockFunction):
         """Nothing is recomputed and nobody waits for events: one graph, which autograd walks in a single call."""
         for node in self._chain:
             state = node.apply(state)
-            for tap in self._taps_after(node):
+            for tap in self._taps_after(node, state):
                 stream = state.streams[tap.stream]
                 self.tapped[tap.name] = TapValue(stream.hidden, stream.grid, stream.token_ids)
         return state
 
-    def _taps_after(self, node: _Node) -> list[Tap]:
-        return [tap for tap in self.taps if tap.block == node.block]
+    def _taps_after(self, node: _Node, state: BlockState) -> list[Tap]:
+        """A batch without a stream gives its taps nothing."""
+        return [tap for tap in self.taps if tap.block == node.block and tap.stream in state.streams]
 
     def _run_plain(self, state: BlockState) -> BlockState:
         try:
@@ -176,7 +177,7 @@ class BlockRunner(BlockFunction):
         state, needs = current.state, frozenset(current.inputs)
         for node in self._chain:
             state, needs, tape = self._advance(node, state, needs)
-            for tap in self._taps_after(node):
+            for tap in self._taps_after(node, state):
                 current.taps[tap.name] = (("hidden", tap.stream, ""), state)
             current.tapes.append(tape)
         current.final = state
@@ -195,14 +196,14 @@ class BlockRunner(BlockFunction):
 
     def _advance(self, node: _Node, state: BlockState, needs: frozenset[Key]) -> tuple[BlockState, frozenset[Key], _Tape | None]:
         parameters = self._parameters[node.block] if node.block >= 0 else []
-        taps = tuple(tap.name for tap in self._taps_after(node))
+        taps = tuple(tap.name for tap in self._taps_after(node, state))
         if node.block >= 0:
             self.session.before_forward(node.block)
         if not needs and not parameters:
             # Nothing before this point is trained: backward will not come here, so nothing is kept.
             after, tape, needed = node.apply(state), None, needs
         elif node.block in self.checkpointing.recomputed:
-            rng = _rng_state(state) if self._draws else None
+            rng = _rng_state(state) if self.draws else None
             after = node.apply(state)
             tape = _Tape(node, state, needs, taps, None, rng)
             needed = _needs_after(needs, _tensors(state), _tensors(after), None)

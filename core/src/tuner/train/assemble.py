@@ -13,16 +13,21 @@ import torch
 from torch import nn
 
 from tuner.builtins.losses import FlowMatchingLoss
+from tuner.config.rollout_settings import RolloutSettings
 from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, TrainSettings
 from tuner.data.randomness import derived_seed
+from tuner.errors import ConfigError
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.losses import LossTerm, Regularizer
 from tuner.interfaces.memory import MemorySession
 from tuner.model.adapters import add_adapters, resolve_targets
 from tuner.model.runner import BlockRunner, Checkpointing
+from tuner.train import reflexflow
+from tuner.train.execute import Execution, GraphExecution, PlainExecution, reasons_against_graphs
 from tuner.train.masters import MasterWeights
 from tuner.train.noise import NoiseSampler
 from tuner.train.plan import Plan
+from tuner.train.rollout import NoiseTransform, Rollout
 from tuner.train.schedule import make_schedule
 from tuner.train.step import TrainingModel
 
@@ -32,6 +37,7 @@ class Assembly:
     """All objects of a run; built once."""
 
     training: TrainingModel
+    execution: Execution
     masters: MasterWeights
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -39,6 +45,8 @@ class Assembly:
     regularizers: tuple[Regularizer, ...]
     session: MemorySession
     device: torch.device
+    noise_transforms: tuple[NoiseTransform, ...] = ()
+    """What changes a batch's draws before the forward pass."""
 
     def detach(self) -> None:
         """In reverse order of `assemble`."""
@@ -87,7 +95,24 @@ def _with_optimizer(
     schedule = make_schedule(optimizer, settings, plan.total_steps)
     train = plan.settings.get(TrainSettings)
     noise = NoiseSampler(train, plan.family.token_shift, train.seed)
-    return Assembly(training, masters, optimizer, schedule, noise, regularizers, session, device)
+    execution = _execution(plan, training, masters, regularizers, device)
+    rollout = plan.settings.get(RolloutSettings)
+    transforms = (Rollout(rollout, training, plan.family.token_shift, train.seed),) if rollout.enabled() else ()
+    return Assembly(training, execution, masters, optimizer, schedule, noise, regularizers, session, device, transforms)
+
+
+def _execution(
+    plan: Plan, training: TrainingModel, masters: MasterWeights, regularizers: Sequence[Regularizer], device: torch.device
+) -> Execution:
+    """Raises `ConfigError` where `cuda_graphs` is asked for and the step cannot be replayed."""
+    if not plan.settings.get(ModelSettings).cuda_graphs:
+        return PlainExecution(training, masters)
+    against = reasons_against_graphs(training.blocks, device, regularizers, len(plan.loss_terms))
+    if plan.settings.get(RolloutSettings).enabled() and type(training.blocks.session) is not MemorySession:
+        against.append("the forward passes of scheduled sampling leave other weights on the device than a step does")
+    if against:
+        raise ConfigError(f"the step cannot be replayed as a CUDA graph: {'; '.join(against)}", where="cuda_graphs", remedy="switch it off")
+    return GraphExecution(training, masters)
 
 
 def add_trainable(plan: Plan, model: nn.Module, device: torch.device) -> list[tuple[str, nn.Parameter]]:
@@ -117,9 +142,12 @@ def checkpointing(settings: ModelSettings, blocks: int) -> Checkpointing:
 
 
 def stream_losses(plan: Plan) -> Sequence[LossTerm]:
-    """The flow-matching loss of each trained stream."""
+    """The flow-matching loss of each stream that is learned."""
     weights = plan.family.stream_weights()
-    return [FlowMatchingLoss(stream, weights.get(stream, 1.0)) for stream in plan.streams]
+    rollout = plan.settings.get(RolloutSettings)
+    if rollout.enabled() and rollout.scheduled_sampling_reflexflow:
+        return reflexflow.stream_losses(plan.family.learned_streams(plan.streams), weights, rollout)
+    return [FlowMatchingLoss(stream, weights.get(stream, 1.0)) for stream in plan.family.learned_streams(plan.streams)]
 
 
 def _attach_regularizers(plan: Plan, blocks: BlockSet) -> tuple[Regularizer, ...]:

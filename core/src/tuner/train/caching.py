@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from tuner.data.decode import decode_frames, decode_sound
 from tuner.data.manifest import Item, Manifest, Report
-from tuner.data.records import Place, RecordPlaces
+from tuner.data.prefetch import Prefetcher
+from tuner.data.records import Place, RecordPlaces, SourceFile
 from tuner.data.workers import DecodeWorkers
-from tuner.errors import DataError, OutOfMemoryError, PluginError
+from tuner.errors import DataError
 from tuner.interfaces.encoders import AudioClip, LatentEncoder, Source, VideoClip
 from tuner.interfaces.family import Geometry
+from tuner.train.encoding import EncoderAtWork, SettingsChanged, Task, shape_of
 
 Key = TypeVar("Key", Item, str)
+Decoded = tuple[Item, Source | DataError]
+
+AHEAD = 2**30
+"""Bytes of decoded clips that wait for the encoder at most, or a few clips where a single one is larger than a share of it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class CacheSummary:
     failures: Mapping[Item, DataError]
     captions_cached: int
     captions_encoded: int
+    notices: tuple[str, ...] = ()
+    """What was adjusted because memory ran out."""
 
     @property
     def failed(self) -> int:
@@ -41,11 +50,12 @@ class CacheSummary:
         return len(self.failures)
 
     def describe(self) -> str:
-        """One line for people, one more for each failure."""
+        """One line for people, one more for each adjustment and each failure."""
         lines = [
             f"cache: {self.found} clips = {self.cached} cached + {self.encoded} encoded + {self.failed} failed; "
             f"captions: {self.captions_cached} cached + {self.captions_encoded} encoded"
         ]
+        lines += [f"  adjusted: {notice}" for notice in self.notices]
         return "\n".join(lines + [f"  failed: {item.path}: {error.message}" for item, error in self.failures.items()])
 
     def facts(self) -> dict[str, object]:
@@ -53,6 +63,7 @@ class CacheSummary:
         return {
             "found": self.found, "cached": self.cached, "encoded": self.encoded, "failed": self.failed,
             "captions_cached": self.captions_cached, "captions_encoded": self.captions_encoded,
+            "notices": list(self.notices),
             "failures": [{"dataset": i.dataset, "clip": i.path.name, "reason": e.message} for i, e in self.failures.items()],
         }  # fmt: skip
 
@@ -63,13 +74,16 @@ class _Tally:
     def __init__(self) -> None:
         self.encoded: set[Item] = set()
         self.failures: dict[Item, DataError] = {}
-        self.captions_cached = self.captions_encoded = 0
+        self.captions: set[str] = set()
+        """All that were asked for, and those that were encoded."""
+        self.captions_encoded: set[str] = set()
+        self.notices: list[str] = []
 
     def summary(self, manifest: Manifest) -> CacheSummary:
         found, encoded = len(manifest.items), len(self.encoded - self.failures.keys())
         return CacheSummary(
             manifest.without(self.failures), found, found - encoded - len(self.failures), encoded, dict(self.failures),
-            self.captions_cached, self.captions_encoded,
+            len(self.captions) - len(self.captions_encoded), len(self.captions_encoded), tuple(self.notices),
         )  # fmt: skip
 
 
@@ -93,12 +107,15 @@ def fill_cache(
     own = workers or DecodeWorkers()
     try:
         for encoder in encoders:
-            items = [item for item in manifest.items if item not in tally.failures]
-            if encoder.reads == "text":
-                captions = dict.fromkeys([item.caption for item in items] + [""] * with_empty_caption)
-                _fill_captions(encoder, list(captions), items, places, device, batch_size, report, tally)
-            else:
-                _fill_clips(encoder, items, places, device, batch_size, report, tally, own)
+            with EncoderAtWork(encoder, device, batch_size, tally.notices) as work:
+                filling = _Filling(encoder, places, work, report, tally, own)
+                items = [item for item in manifest.items if item not in tally.failures]
+                while True:
+                    try:
+                        filling.captions(items, with_empty_caption) if encoder.reads == "text" else filling.clips(items)
+                        break
+                    except SettingsChanged:  # what was made so far has other names from now on
+                        places.refresh(encoder)
     finally:
         if workers is None:
             own.close()
@@ -108,107 +125,154 @@ def fill_cache(
     return summary
 
 
-def _fill_captions(
-    encoder: LatentEncoder, captions: Sequence[str], items: Sequence[Item], places: RecordPlaces, device: torch.device, batch_size: int,
-    report: Report | None, tally: _Tally,
-) -> None:  # fmt: skip
-    missing = {text: place for text in captions if not (place := places.caption(text, encoder.name)).filled()}
-    tally.captions_cached += len(captions) - len(missing)
-    tally.captions_encoded += len(missing)
-    failed: dict[str, DataError] = {}
-    if missing:
-        _encode_all(encoder, iter([(text, text) for text in missing]), missing, device, batch_size, report, failed)
-    for item in items:
-        if item.caption in failed:
-            tally.failures[item] = failed[item.caption]
-        elif item.caption in missing:
-            tally.encoded.add(item)
-    if "" in failed:
-        raise failed[""]
+@dataclass
+class _Filling:
+    """One encoder's records."""
 
+    encoder: LatentEncoder
+    places: RecordPlaces
+    work: EncoderAtWork
+    report: Report | None
+    tally: _Tally
+    workers: DecodeWorkers
 
-def _fill_clips(
-    encoder: LatentEncoder, items: Sequence[Item], places: RecordPlaces, device: torch.device, batch_size: int,
-    report: Report | None, tally: _Tally, workers: DecodeWorkers,
-) -> None:  # fmt: skip
-    wanted = {item: place for item in items if (place := places.clip(item, encoder.name)) is not None}
-    missing = {item: place for item, place in wanted.items() if not place.filled()}
-    # The same clip in two entries, or twice in one folder, is decoded and encoded once.
-    first: dict[tuple[Path, str], Item] = {}
-    for item, place in missing.items():
-        first.setdefault((place.cache.folder, place.key), item)
-    unique = sorted(first.values(), key=lambda item: item.group)
-    failed: dict[Item, DataError] = {}
-    if unique:
-        sources = _decode_ahead(encoder, unique, places.geometry, workers, failed)
-        _encode_all(encoder, sources, {item: missing[item] for item in unique}, device, batch_size, report, failed)
-    for item, place in missing.items():
-        error = failed.get(first[place.cache.folder, place.key])
-        if error is not None:
-            tally.failures[item] = error
-        else:
-            tally.encoded.add(item)
+    def captions(self, items: Sequence[Item], with_empty: bool) -> None:
+        """Of all items' captions."""
+        texts = dict.fromkeys([item.caption for item in items] + [""] * with_empty)
+        missing = {text: place for text in texts if not (place := self.places.caption(text, self.encoder.name)).filled()}
+        self.tally.captions.update(texts)
+        self.tally.captions_encoded.update(missing)
+        failed: dict[str, DataError] = {}
+        if missing:
+            sources = iter([(text, text) for text in missing])
+            _Batches(self.work, missing, failed, _Progress(self.report, len(missing), self._label)).encode(sources, str)
+        for item in items:
+            if item.caption in failed:
+                self.tally.failures[item] = failed[item.caption]
+            elif item.caption in missing:
+                self.tally.encoded.add(item)
+        if "" in failed:
+            raise failed[""]
 
-
-def _decode_ahead(
-    encoder: LatentEncoder, items: Sequence[Item], geometry: Geometry, workers: DecodeWorkers, failed: dict[Item, DataError]
-) -> Iterator[tuple[Item, Source]]:
-    """Decoded clips, in order; those that cannot be decoded go to `failed`."""
-    if encoder.reads == "video":
-        frames = workers.map(decode_frames, [(i.path, i.bucket.frames, i.frame_rate, (i.bucket.width, i.bucket.height)) for i in items])
-        for item, pixels in zip(items, frames, strict=True):
-            if isinstance(pixels, DataError):
-                failed[item] = pixels
+    def clips(self, items: Sequence[Item]) -> None:
+        """Of all items' pictures, sounds or companions."""
+        name = self.encoder.name
+        wanted = {item: place for item in items if (place := self.places.clip(item, name)) is not None}
+        missing = {item: place for item, place in wanted.items() if not place.filled()}
+        # The same clip in two entries, or twice in one folder, is decoded and encoded once.
+        first: dict[tuple[Path, str], Item] = {}
+        for item, place in missing.items():
+            first.setdefault((place.cache.folder, place.key), item)
+        sources = {item: source for item in first.values() if (source := self.places.source(item, name)) is not None}
+        failed: dict[Item, DataError] = {}
+        if sources:
+            batches = _Batches(self.work, missing, failed, _Progress(self.report, len(sources), self._label))
+            with _ahead(self.encoder, sources, self.places.geometry, self.workers) as decoded:
+                batches.encode(decoded, lambda item: str(sources[item].path))
+        for item, place in missing.items():
+            error = failed.get(first[place.cache.folder, place.key])
+            if error is not None:
+                self.tally.failures[item] = error
             else:
-                yield item, VideoClip(torch.from_numpy(pixels), item.frame_rate)
-        return
-    rate, channels = geometry.sample_rate, geometry.audio_channels
-    silent = [item for item in items if item.silence]
-    for item in silent:
-        count = round(item.seconds * rate)
-        yield item, AudioClip(torch.zeros(channels, count), rate, count)
-    heard = [item for item in items if not item.silence]
-    sounds = workers.map(decode_sound, [(i.path, i.seconds, rate, channels, 0.0, i.mono) for i in heard])
-    for item, sound in zip(heard, sounds, strict=True):
-        if isinstance(sound, DataError):
-            failed[item] = sound
-        elif sound is None:
-            failed[item] = DataError("its sound track is gone since the clip was examined", where=str(item.path))
-        else:
-            yield item, AudioClip(torch.from_numpy(sound[0]), rate, sound[1])
+                self.tally.encoded.add(item)
+
+    @property
+    def _label(self) -> str:
+        return f"encoding {self.encoder.name}"
 
 
-def _encode_all(
-    encoder: LatentEncoder, sources: Iterator[tuple[Key, Source]], places: Mapping[Key, Place], device: torch.device, batch_size: int,
-    report: Report | None, failed: dict[Key, DataError],
-) -> None:  # fmt: skip
-    """Loads the encoder, encodes `sources` in batches of equal shape, writes the records, unloads. Failures go to `failed`."""
-    label = f"encoding {encoder.name}"
-    waiting: dict[tuple[int, ...], list[tuple[Key, Source]]] = {}
-    loaded = False
-    done = _Progress(report, len(places), label)
+@contextmanager
+def _ahead(
+    encoder: LatentEncoder, sources: Mapping[Item, SourceFile], geometry: Geometry, workers: DecodeWorkers
+) -> Iterator[Iterator[Decoded]]:
+    """Decoded clips, equal shapes together, made by a thread and the worker processes while the encoder is busy."""
+    ordered = dict(sorted(sources.items(), key=lambda pair: (_shape(pair[1], geometry), pair[1].content)))
+    # Half of them with the workers, half with the thread.
+    share = max(1, AHEAD // 2 // max(_bytes(source, geometry) for source in ordered.values()))
+    stream = _decode(encoder, ordered, geometry, workers, most=share)
     try:
-        for key, source in sources:
-            if not loaded:  # not earlier: where no clip can be decoded, nothing is loaded
-                loaded = True
-                encoder.load(device)
-            batch = waiting.setdefault(_shape(source), [])
-            batch.append((key, source))
-            if len(batch) == batch_size:
-                done.add(_encode_batch(encoder, waiting.pop(_shape(source)), places, failed))
-        for batch in waiting.values():
-            done.add(_encode_batch(encoder, batch, places, failed))
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"not enough device memory to encode with {encoder.name!r}", where="caching", remedy="lower vae_batch_size or resolution"
-        ) from error
+        with Prefetcher(lambda _: next(stream), depth=min(share, 64)) as decoded:
+            try:
+                yield decoded
+            finally:
+                workers.stop()  # else leaving would wait for what is being decoded
     finally:
-        if loaded:
-            encoder.unload()
+        stream.close()
+
+
+def _shape(source: SourceFile, geometry: Geometry) -> tuple[int, int, int, int]:
+    return source.frames, source.height, source.width, 0 if source.frames else round(source.seconds * geometry.sample_rate)
+
+
+def _bytes(source: SourceFile, geometry: Geometry) -> int:
+    frames, height, width, samples = _shape(source, geometry)
+    return 3 * frames * height * width + 4 * geometry.audio_channels * samples
+
+
+def _decode(
+    encoder: LatentEncoder, sources: Mapping[Item, SourceFile], geometry: Geometry, workers: DecodeWorkers, most: int
+) -> Generator[Decoded]:
+    """What the files hold, or why that cannot be decoded, in order."""
+    rate, channels = geometry.sample_rate, geometry.audio_channels
+    if encoder.reads == "video":
+        still = encoder.of == "mask"  # a still mask holds for the whole clip
+        frames = workers.map(
+            decode_frames, [(s.path, s.frames, s.frame_rate, (s.width, s.height), s.start, still) for s in sources.values()], most
+        )
+        for (item, source), pixels in zip(sources.items(), frames, strict=True):
+            yield item, pixels if isinstance(pixels, DataError) else VideoClip(torch.from_numpy(pixels), source.frame_rate)
+        return
+    heard = [source for source in sources.values() if source.content]
+    sounds = workers.map(decode_sound, [(s.path, s.seconds, rate, channels, s.start, s.mono, s.alone) for s in heard], most)
+    for item, source in sources.items():
+        if not source.content:
+            count = round(source.seconds * rate)
+            yield item, AudioClip(torch.zeros(channels, count), rate, count)
+            continue
+        sound = next(sounds)
+        if sound is None:
+            sound = DataError("its sound track is gone since the clip was examined", where=str(source.path))
+        yield item, sound if isinstance(sound, DataError) else AudioClip(torch.from_numpy(sound[0]), rate, sound[1])
+
+
+@dataclass
+class _Batches(Generic[Key]):
+    """Puts equal shapes together, has them encoded and writes the records."""
+
+    work: EncoderAtWork
+    places: Mapping[Key, Place]
+    failed: dict[Key, DataError]
+    progress: _Progress
+
+    def encode(self, sources: Iterable[tuple[Key, Source | DataError]], name: Callable[[Key], str]) -> None:
+        """`sources`: equal shapes follow each other. `name`: what errors call a source."""
+        batch: list[tuple[Key, Task]] = []
+        for key, source in sources:
+            if isinstance(source, DataError):
+                self.failed[key] = source
+                self.progress.add(1)
+                continue
+            if batch and shape_of(source) != shape_of(batch[0][1].source):
+                self._finish(batch)
+                batch = []
+            batch.append((key, Task(name(key), source)))
+            if len(batch) >= self.work.batch_size:
+                self._finish(batch)
+                batch = []
+        if batch:
+            self._finish(batch)
+
+    def _finish(self, batch: Sequence[tuple[Key, Task]]) -> None:
+        for (key, _), result in zip(batch, self.work.encode([task for _, task in batch]), strict=True):
+            if isinstance(result, DataError):
+                self.failed[key] = result
+            else:
+                self.places[key].cache.write(self.places[key].key, result)
+        self.progress.add(len(batch))
 
 
 class _Progress:
-    """Says after each batch how many records there are."""
+    """Says after each batch how many sources are done."""
 
     def __init__(self, report: Report | None, total: int, label: str) -> None:
         self._report, self._total, self._label, self._done = report, total, label, 0
@@ -218,28 +282,3 @@ class _Progress:
         self._done += count
         if self._report:
             self._report(self._done, self._total, self._label)
-
-
-def _shape(source: Source) -> tuple[int, ...]:
-    """Sources of one shape are encoded together; captions all are."""
-    if isinstance(source, VideoClip):
-        return tuple(source.frames.shape)
-    return tuple(source.samples.shape) if isinstance(source, AudioClip) else ()
-
-
-def _encode_batch(
-    encoder: LatentEncoder, batch: Sequence[tuple[Key, Source]], places: Mapping[Key, Place], failed: dict[Key, DataError]
-) -> int:
-    """How many records were written. A source that the encoder declines is set apart, the others of the batch are encoded singly."""
-    try:
-        records = encoder.encode([source for _, source in batch])
-    except DataError as error:
-        if len(batch) == 1:
-            failed[batch[0][0]] = error
-            return 0
-        return sum(_encode_batch(encoder, [one], places, failed) for one in batch)
-    if len(records) != len(batch):
-        raise PluginError(f"encoder {encoder.name!r} returned {len(records)} records for {len(batch)} sources")
-    for (key, _), record in zip(batch, records, strict=True):
-        places[key].cache.write(places[key].key, record)
-    return len(records)

@@ -20,7 +20,6 @@ from tuner.train.metrics import StepMetrics
 from tuner.train.placement import to_device
 from tuner.train.plan import Plan
 from tuner.train.signals import StopRequests
-from tuner.train.step import train_step
 
 FLUSH_STEPS = 10
 """On a GPU, metrics cross to the host once in so many steps: reading each would stop the queue of kernels."""
@@ -102,16 +101,16 @@ class Loop:
         samples = 0
         for micro in range(self.accumulation):
             item = to_device(next(feed), self.device)
+            for change in run.noise_transforms:
+                item = replace(item, noise=change(item.batch, item.noise, step))
             samples += len(item.batch.samples)
             for regularizer in run.regularizers:
                 generator = torch.Generator().manual_seed(derived_seed(seed, regularizer.name, step, micro, self.rank))
                 regularizer.begin_step(step, item.batch, item.noise, generator)
-            result = train_step(run.training, item.batch, item.noise, step)
-            (result.loss / self.accumulation).backward()  # type: ignore[no-untyped-call]
-            run.masters.collect()
+            result = run.execution(item.batch, item.noise, step, 1 / self.accumulation)
             self.bands.add(result.terms, item.noise)
             losses["loss"] = losses.get("loss", 0) + result.loss.detach() / self.accumulation
-        self._reduce()
+        losses["loss"] = self._reduce(losses["loss"])
         losses["grad_norm"] = run.masters.clip_(self.plan.settings.get(OptimizerSettings).max_grad_norm)
         rate = float(run.schedule.get_last_lr()[0])
         run.optimizer.step()
@@ -126,16 +125,28 @@ class Loop:
         if (step + 1) % self.flush_steps == 0:
             self.flush()
 
-    def _reduce(self) -> None:
-        """Averages gradients over ranks, in one flat buffer per dtype."""
+    def _reduce(self, loss: torch.Tensor) -> torch.Tensor:
+        """Averages gradients over ranks, in one flat buffer, and what is logged; returns the average loss.
+
+        A rank whose batches lacked a stream has no gradients for its modules: it gives zeros, so that all buffers have one layout.
+        """
         if self.world == 1:
-            return
-        gradients = [p.grad for p in self.assembly.masters.optimized() if p.grad is not None]
+            return loss
+        gradients = []
+        for parameter in self.assembly.masters.optimized():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         flat = torch.cat([g.flatten() for g in gradients])
         torch.distributed.all_reduce(flat)
         flat /= self.world
         for gradient, piece in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(piece.view_as(gradient))
+        totals = self.bands.totals()
+        logged = torch.cat([loss.double().reshape(1), totals.flatten()])
+        torch.distributed.all_reduce(logged)
+        self.bands.replace(logged[1:].view_as(totals))
+        return (logged[0] / self.world).to(loss.dtype)
 
     def flush(self) -> None:
         """Hands all pending rows to `on_metrics`. Raises `NumericError` at the first one that is not finite."""

@@ -10,7 +10,7 @@ a step would cost more time than the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,15 +43,20 @@ class Bucket:
 
     def collect(self) -> None:
         """Moves the members' gradients into the master's, added up in float32."""
+        if (found := self.gather()) is not None:
+            if self.master.grad is None:
+                self.master.grad = found
+            else:
+                self.master.grad.add_(found)
+
+    def gather(self) -> Tensor | None:
+        """(N,) float32: the members' gradients, which they lose; None where there are none."""
         if all(member.grad is None for member in self.members):
-            return
+            return None
         found = torch.cat([(torch.zeros_like(m) if m.grad is None else m.grad).reshape(-1) for m in self.members])
         for member in self.members:
             member.grad = None
-        if self.master.grad is None:
-            self.master.grad = found.float()
-        else:
-            self.master.grad.add_(found)
+        return found.float()
 
     def publish(self) -> None:
         """Rounds the master into the members, in place."""
@@ -83,6 +88,26 @@ class MasterWeights:
             bucket.collect()
 
     @torch.no_grad()
+    def gather(self) -> list[Tensor | None]:
+        """Takes the model's gradients out, one tensor for each of `optimized`, and leaves none; for `add`."""
+        found: list[Tensor | None] = [bucket.gather() for bucket in self._buckets]
+        for parameter in self._own.values():
+            found.append(parameter.grad)
+            parameter.grad = None
+        return found
+
+    @torch.no_grad()
+    def add(self, gradients: Sequence[Tensor | None], *, copy: bool) -> None:
+        """Adds what `gather` took out to the masters' gradients. Without `copy` a first gradient becomes the master's own tensor."""
+        for master, gradient in zip(self.optimized(), gradients, strict=True):
+            if gradient is None:
+                continue
+            if master.grad is None:
+                master.grad = gradient.clone() if copy else gradient
+            else:
+                master.grad.add_(gradient)
+
+    @torch.no_grad()
     def publish(self) -> None:
         """Rounds the masters into the model's parameters, in place. Call after each optimizer step."""
         for bucket in self._buckets:
@@ -96,7 +121,7 @@ class MasterWeights:
         """
         gradients = [master.grad for master in self.optimized() if master.grad is not None]
         if not gradients:
-            return torch.zeros(())
+            return torch.zeros((), device=self.optimized()[0].device)
         # Measured in float32 also where gradients are bfloat16, whose own norm would be good to three digits only.
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

@@ -113,9 +113,16 @@ class NoiseSampler:
 
 
 def target_tokens(stream: StreamBatch, index: int) -> int:
-    """n: how many tokens of sample `index` are noised and learned, conditioned ones left out."""
-    total = stream.latents.shape[1]
-    return total if stream.conditioned is None else total - int(stream.conditioned[index].sum())
+    """n: how many tokens of sample `index` are noised and learned, at least one.
+
+    Those that are given clean are left out, a reference's with them, and padding, whose amount depends on the rest of the batch.
+    """
+    learned = torch.ones(stream.latents.shape[1], dtype=torch.bool)
+    if stream.loss_mask is not None:
+        learned &= stream.loss_mask[index] > 0
+    if stream.conditioned is not None:
+        learned &= ~stream.conditioned[index]
+    return max(1, int(learned.sum()))
 
 
 def _first_learned(batch: Batch, index: int, default: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,13 @@ from tuner.data.manifest import Manifest, scan
 from tuner.data.randomness import derived_seed
 from tuner.errors import CheckpointError, ConfigError, TunerError
 from tuner.interfaces.encoders import LatentEncoder
-from tuner.interfaces.family import BuildContext, ModelFacts, ModelFamily
+from tuner.interfaces.family import BuildContext, Located, ModelFacts, ModelFamily
 from tuner.interfaces.losses import LossTerm, Regularizer
 from tuner.interfaces.memory import MemoryFacts, Quantizer
 from tuner.interfaces.services import Loader, WeightSource
 from tuner.model.placing import RunMemory
 from tuner.plugins.record import Kind
+from tuner.train.advise import Predicted, forecast
 from tuner.train.trackers import chosen_trackers
 from tuner.train.validate import adjustments, wants_sample
 
@@ -55,6 +56,8 @@ class ModelPlan:
     context: BuildContext
     memory: RunMemory
     """Opens every part that is loaded: where its weights live, and in which precision."""
+    downloads: tuple[str, ...] = field(default=(), kw_only=True)
+    """What has to be downloaded before the run, in words; only of a plan that is looked at."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Plan(ModelPlan):
     notices: tuple[str, ...]
     world: int = 1
     """How many processes train together; each takes batches of its own."""
+    predicted: Predicted | None = None
+    """What it will take of its device; None: that has no memory of its own, or cannot be told."""
 
 
 def plan_model(registry: Registry, settings: Settings, device: torch.device, rank: int = 0, scratch: Path | None = None) -> ModelPlan:
@@ -92,8 +97,9 @@ def plan_model(registry: Registry, settings: Settings, device: torch.device, ran
     memory = RunMemory()
     context = BuildContext(device, dtype, settings.get(TrainSettings).seed, rank, output, memory)
     family = component.load()(settings.get(component.options), context)  # type: ignore[operator]
-    source = open_source(registry, family, component.name, settings, scratch)
-    plan = ModelPlan(registry, settings, family, component.name, source, context, memory)
+    located = family.preview(model, scratch) if scratch else family.locate(model, Path(settings.get(DataSettings).cache_dir))
+    source = open_source(registry, located, component.name)
+    plan = ModelPlan(registry, settings, family, component.name, source, context, memory, downloads=located.downloads)
     memory.strategies, memory.quantizers = _enabled(plan, "memory_strategy"), _quantizers(plan)
     return plan
 
@@ -106,10 +112,8 @@ def _quantizers(plan: ModelPlan) -> dict[str, Quantizer]:
     return {part: c.load()(plan.settings.get(c.options), plan.context) for part, c in chosen.items()}  # type: ignore[operator]
 
 
-def open_source(registry: Registry, family: ModelFamily, name: str, settings: Settings, scratch: Path | None = None) -> WeightSource:
-    """Asks the family where the weights lie and the loaders who can read them."""
-    model = settings.get(ModelSettings)
-    located = family.locate(model, scratch or Path(settings.get(DataSettings).cache_dir))
+def open_source(registry: Registry, located: Located, name: str) -> WeightSource:
+    """Asks the loaders of the family `name` who can read what lies there."""
     loaders: list[Loader] = [component.load()() for component in registry.components("loader")]  # type: ignore[operator]
     fitting = [loader for loader in loaders if name in loader.families]
     for loader in fitting:
@@ -135,14 +139,16 @@ def make_plan(
     data = settings.get(DataSettings)
     registry.component("optimizer", settings.get(OptimizerSettings).optimizer).load()
     chosen_trackers(registry, settings)
-    sample_notices = adjustments(model.family, settings) if wants_sample(settings.get(ValidationSettings)) else ()
+    sample_notices: tuple[str, ...] = ()
+    if wants_sample(settings.get(ValidationSettings)):
+        model.family.check_sampling(model.source)
+        sample_notices = adjustments(model.family, settings)
     entries, manifest = find_clips(model, report, remember=scratch is None)
-    available = frozenset({"video"} | ({"audio"} if any(item.has_audio for item in manifest.items) else set()))
-    streams = model.family.select_streams(available)
+    streams = model.family.select_streams(manifest.streams_available)
     facts = model.family.inspect(model.source, streams)
     regularizers = _enabled(model, "regularizer")
     extras = [*_enabled(model, "latent_encoder"), *(e for r in regularizers for e in r.encoders())]
-    encoders = [*model.family.encoders(model.source, streams), *extras]
+    encoders = [*model.family.encoders(model.source, streams, manifest.companions), *extras]
     batches = manifest.batches_per_epoch(settings.get(TrainSettings).train_batch_size)
     plan = Plan(
         registry, settings, model.family, model.family_name, model.source, model.context, model.memory,
@@ -150,14 +156,24 @@ def make_plan(
         extras=tuple(encoder.name for encoder in extras),
         regularizers=regularizers, loss_terms=_enabled(model, "loss_term"),
         batches_per_epoch=batches, total_steps=total_steps(settings, batches, world),
-        notices=(*settings.notices, *manifest.notices, *sample_notices), world=world,
+        notices=(*settings.notices, *model.family.notices(), *manifest.notices, *sample_notices), world=world,
+        downloads=model.downloads,
     )  # fmt: skip
-    problems = [*memory_problems(plan), *registry.check_plan(plan)]
+    problems = [*precision_problems(plan), *memory_problems(plan), *registry.check_plan(plan)]
+    plan = plan if problems else with_forecast(plan)
     if data.strict and plan.notices:
         problems = [*problems, ConfigError("strict is on and something would be adjusted or ignored:\n  " + "\n  ".join(plan.notices))]
     if problems:
         raise PlanProblems(problems)
     return plan
+
+
+def with_forecast(plan: Plan) -> Plan:
+    """The plan with what it will take of the device, and a notice where that is more than there is."""
+    predicted = forecast(plan)
+    if predicted is None:
+        return plan
+    return replace(plan, predicted=predicted, notices=(*plan.notices, *predicted.notices))
 
 
 def memory_facts(plan: Plan, part: str = "transformer") -> MemoryFacts:
@@ -166,10 +182,40 @@ def memory_facts(plan: Plan, part: str = "transformer") -> MemoryFacts:
     if part != "transformer":  # its blocks are not known before it is opened, and it runs without gradients
         return MemoryFacts((), False, model.text_encoder_1_precision, "none", plan.world, part)
     recomputed = "none" if not model.gradient_checkpointing else "all" if model.gradient_checkpointing_interval == 1 else "some"
+    before, after = _linear_bytes(plan)
     return MemoryFacts(
-        block_bytes=(plan.facts.block_bytes,) * plan.facts.blocks, full_finetuning=model.model_type == "full",
-        quantizer=model.base_model_precision, checkpointing=recomputed, world_size=plan.world,
+        block_bytes=(plan.facts.block_bytes - sum(before) + sum(after),) * plan.facts.blocks, full_finetuning=model.model_type == "full",
+        quantizer=model.base_model_precision, checkpointing=recomputed, world_size=plan.world, linear_bytes=after,
+        linear_names=plan.facts.linear_names,
     )  # fmt: skip
+
+
+def _linear_bytes(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the weights of the linear layers of one block: as they are computed with, and as they will lie in memory."""
+    quantizer, dtype = plan.memory.quantizers.get("transformer"), plan.context.dtype
+    shapes = [torch.Size(shape) for shape in plan.facts.linear_shapes]
+    before = tuple(shape.numel() * dtype.itemsize for shape in shapes)
+    return before, tuple(quantizer.bytes_of(shape, dtype) for shape in shapes) if quantizer else before
+
+
+def quantized_bytes(plan: Plan) -> int:
+    """Of the transformer as it will lie in memory."""
+    before, after = _linear_bytes(plan)
+    return plan.facts.bytes - plan.facts.blocks * (sum(before) - sum(after))
+
+
+def precision_problems(plan: Plan) -> list[TunerError]:
+    """What speaks against the precisions that were asked for."""
+    model, (before, after) = plan.settings.get(ModelSettings), _linear_bytes(plan)
+    asked, key = model.base_model_precision, "base_model_precision"
+    if asked == NO_CHANGE:
+        return []
+    if model.model_type == "full":
+        problem, remedy = "full fine-tuning needs the weights as they are", f"set {key} to {NO_CHANGE}, or model_type to lora"
+        return [ConfigError(problem, where=key, value=asked, remedy=remedy)]
+    if before and before == after:
+        return [ConfigError("no layer of this model's blocks is large enough for it", where=key, value=asked, remedy=f"use {NO_CHANGE}")]
+    return []
 
 
 def memory_problems(plan: Plan) -> list[TunerError]:
@@ -181,9 +227,9 @@ def memory_problems(plan: Plan) -> list[TunerError]:
         problems += [problem for strategy in strategies for problem in strategy.supports(memory_facts(plan, part))]
         if len(strategies) > 1:
             names = [strategy.name for strategy in strategies]
-            problems.append(
-                ConfigError(f"two memory strategies cannot hold the same blocks ({part})", value=names, remedy="switch one of them off")
-            )
+            keys = ", ".join(key for strategy in strategies for key in strategy.keys(part))
+            problem = f"two memory strategies cannot hold the same blocks ({part})"
+            problems.append(ConfigError(problem, where=keys, value=names, remedy="switch one of them off"))
     return problems
 
 

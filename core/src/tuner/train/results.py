@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tuner.config.settings import AdapterSettings, ModelSettings
+from tuner.data.manifest import Manifest
 from tuner.errors import CheckpointError
-from tuner.interfaces.family import ModelFamily
+from tuner.interfaces.family import ClipShape, ModelFamily
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
 from tuner.model.adapters import adapter_alpha, adapter_state
 from tuner.tensor_files import write_tensors
@@ -69,8 +70,20 @@ def trained_adapter(plan: Plan, assembly: Assembly) -> AdapterState:
 
 
 def adapter_facts(plan: Plan) -> dict[str, str]:
-    """Metadata of the file: base model and variant; never captions or paths."""
-    return {"base_model": plan.source.description, "family": plan.family_name, "variant": plan.facts.variant.name}
+    """Metadata of the file: base model and variant, and what the family says of the dataset; never captions or paths."""
+    own = {"base_model": plan.source.description, "family": plan.family_name, "variant": plan.facts.variant.name}
+    return {**plan.family.file_facts(companion_shapes(plan.manifest)), **own}
+
+
+def companion_shapes(manifest: Manifest) -> dict[str, list[tuple[ClipShape, ClipShape]]]:
+    """Role -> the different pairs of an item's shape and its companion's, in the order of the items."""
+    found: dict[str, dict[tuple[ClipShape, ClipShape], None]] = {}
+    for item in manifest.items:
+        for companion in item.companions:
+            width, height, frames, seconds = companion.bucket
+            shape = ClipShape(width, height, frames, item.frame_rate, seconds or frames / item.frame_rate)
+            found.setdefault(companion.role, {})[item.shape, shape] = None
+    return {role: list(pairs) for role, pairs in found.items()}
 
 
 def write_full(plan: Plan, assembly: Assembly, path: Path) -> Path:

@@ -126,7 +126,8 @@ def exact_facts(plan: Plan, world: int) -> dict[str, object]:
     values = {key: entry["value"] for key, entry in settings.resolved().items() if decides(key)}
     if settings.get(OptimizerSettings).lr_scheduler in OPEN_ENDED:
         values.pop("max_train_steps", None)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft")}
+    libraries = {quantizer.distribution for quantizer in plan.memory.quantizers.values()} - {""}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", *sorted(libraries))}
     versions |= {p.name: p.version for p in plan.registry.plugins if p.status == "loaded"}
     return {
         "settings": values,

@@ -38,6 +38,8 @@ class RunInfo:
     """(distribution, version) of every plugin loaded."""
     started: str = ""
     """ISO time with offset."""
+    base_model: str = ""
+    """What the run starts from: repository and commit, or a file's name."""
 
 
 def now() -> str:
@@ -71,6 +73,7 @@ class RunFolder:
         self._replace("run.json", {
             "family": info.family,
             "variant": info.variant,
+            "base_model": info.base_model,
             "started": info.started or now(),
             "pid": os.getpid(),
             "device": device or describe_device(),

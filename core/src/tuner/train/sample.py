@@ -46,7 +46,13 @@ def sample(registry: Registry, settings: Settings, prompt: str, target: Path, tr
 def generate(registry: Registry, settings: Settings, prompt: str, trained: Trained, no_sound: bool = False) -> Generated:
     """One clip of what the validation keys describe. Raises `ConfigError`, `CheckpointError`."""
     plan = plan_model(registry, settings, default_device())
+    if trained.weights is not None and "transformer" in plan.memory.quantizers:
+        raise ConfigError(
+            "full weights are not put over a quantized model", where="base_model_precision", value=plan.memory.precision("transformer"),
+            remedy="set it to no_change",
+        )  # fmt: skip
     family = plan.family
+    family.check_sampling(plan.source)
     streams = tuple(name for name in family.stream_names if not (no_sound and name != "video"))
     request = _request(plan, prompt, sound=not no_sound)
     device = plan.context.device

@@ -22,9 +22,12 @@ from tuner.plugins.registry import Registry
 from tuner.train.agreement import Ranks
 from tuner.train.assemble import Assembly, assemble
 from tuner.train.caching import CacheSummary, fill_cache
+from tuner.train.card import fill_outbox
 from tuner.train.lock import FolderLock
 from tuner.train.loop import Loop
+from tuner.train.outbox import Outbox
 from tuner.train.plan import Plan, make_plan, with_manifest
+from tuner.train.publish import Destination, check_destination, later, page, planned_destination, send
 from tuner.train.results import write_results
 from tuner.train.resume import TrainingCheckpoints
 from tuner.train.run import RunFolder, RunInfo, now
@@ -81,6 +84,8 @@ class Outcome:
     files: tuple[Path, ...]
     sample: Path | None
     cache: CacheSummary | None = None
+    outbox: Path | None = None
+    """What a hub repository of the result holds, ready to be uploaded."""
 
 
 @dataclass
@@ -91,6 +96,7 @@ class Session:
     plan: Plan
     interface: Interface
     ranks: Ranks
+    destination: Destination
 
     def run(self) -> Outcome:
         """Raises `TunerError`; whatever was saved before stays."""
@@ -113,7 +119,8 @@ class Session:
         """The record that event hooks receive."""
         values = {key: entry["value"] for key, entry in self.plan.settings.resolved().items()}
         plugins = tuple((p.distribution or p.name, p.version) for p in self.registry.plugins if p.status == "loaded")
-        return RunInfo(folder.path, self.plan.family_name, self.plan.facts.variant.name, values, plugins, now())
+        described = self.plan.source.description
+        return RunInfo(folder.path, self.plan.family_name, self.plan.facts.variant.name, values, plugins, now(), described)
 
     def _failed(self, folder: RunFolder, error: BaseException) -> None:
         """Leaves word of the failure, as far as the disk allows."""
@@ -199,14 +206,38 @@ class Session:
         self, folder: RunFolder, assembly: Assembly, checkpoints: TrainingCheckpoints, step: int, stopped: int, summary: CacheSummary
     ) -> Outcome:
         files: tuple[Path, ...] = ()
-        sample = None
+        sample, outbox = None, None
         if self.ranks.main:
             if not stopped:
                 files = write_results(self.plan, assembly, folder.path)
                 sample = self._sample(folder, assembly)
+                outbox = self._fill_outbox(folder, files)
             folder.heartbeat(step, self.plan.total_steps, "stopped" if stopped else "finished")
             folder.event("stopped" if stopped else "finished", step=step, files=[f.name for f in files])
-        return Outcome(stopped, step, checkpoints.last, files, sample, summary)
+            if outbox is not None and self.destination.wanted:
+                self._push(folder, outbox)
+        return Outcome(stopped, step, checkpoints.last, files, sample, summary, outbox.folder if outbox else None)
+
+    def _fill_outbox(self, folder: RunFolder, files: tuple[Path, ...]) -> Outbox | None:
+        """An outbox that cannot be filled is reported and does not fail a finished training."""
+        try:
+            return fill_outbox(self.plan, folder.path, files, self.destination)
+        except DiskError as error:
+            folder.event("outbox_failed", reason=str(error))
+            self.interface.note(f"nothing was made ready for the hub, the trained weights are safe: {error}")
+            return None
+
+    def _push(self, folder: RunFolder, outbox: Outbox) -> None:
+        """The same for the upload, which can be made up for."""
+        self.interface.note("uploading the result")
+        try:
+            sent = send(outbox)
+        except TunerError as error:
+            folder.event("push_failed", reason=str(error))
+            self.interface.note(f"{error}\n  -> everything is in {outbox.folder}; send it with `{later(folder.path)}`")
+        else:
+            folder.event("pushed", repository=sent.repository)
+            self.interface.note(f"uploaded to {page(sent.repository)}")
 
     def _sample(self, folder: RunFolder, assembly: Assembly) -> Path | None:
         """A sample that fails is reported and does not fail a finished training."""
@@ -225,12 +256,13 @@ def train(registry: Registry, settings: Settings, interface: Interface, *, dry_r
     """`tuner train`: plans, and unless `dry_run` trains. A dry run writes nothing."""
     device, ranks = _start()
     interface = interface if ranks.main else Silence()
+    destination = ranks.main_first(lambda: check_destination(settings, interface.note) if ranks.main else planned_destination(settings))
     with TemporaryDirectory() if dry_run else nullcontext() as scratch:
         plan = _plan(registry, settings, interface, device, ranks, Path(scratch) if scratch else None)
         if dry_run:
             TrainingCheckpoints(plan, plan.context.output_dir, ranks.world).check()
             return Outcome(0, 0, None, (), None)
-    outcome = Session(registry, plan, interface, ranks).run()
+    outcome = Session(registry, plan, interface, ranks, destination).run()
     interface.finished(outcome)
     return outcome
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tuner.interfaces.blocks import BlockState
 from tuner.interfaces.family import Batch, ModelFamily, Noise
 from tuner.interfaces.losses import LossTerm, LossValue, StepState
 from tuner.model.runner import BlockRunner
@@ -29,13 +30,15 @@ class StepResult:
 
     loss: Tensor
     terms: tuple[LossValue, ...]
+    entered: BlockState | None = None
+    """What went into the first block."""
 
 
 def train_step(run: TrainingModel, batch: Batch, noise: Noise, step: int = 0) -> StepResult:
     """Forward pass and losses; the caller calls `loss.backward()`."""
-    state = run.family.enter(run.model, batch, noise)
-    state = run.blocks.run(state)
+    entered = run.family.enter(run.model, batch, noise)
+    state = run.blocks.run(entered)
     prediction = run.family.exit(run.model, state)
     seen = StepState(batch, noise, prediction, run.blocks.tapped, step)
     terms = tuple(term(seen) for term in run.loss_terms)
-    return StepResult(torch.stack([term.reduced() for term in terms]).sum(), terms)
+    return StepResult(torch.stack([term.reduced() for term in terms]).sum(), terms, entered)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from tuner.config.resolve import Settings
-from tuner.config.settings import DataSettings, ValidationSettings
-from tuner.data.media import write_mp4
+from tuner.config.settings import DataSettings, ModelSettings, ValidationSettings
+from tuner.data.media import write_mp4, write_wav
 from tuner.errors import ConfigError
 from tuner.interfaces.family import Generated, ModelFamily, SampleRequest
 
@@ -32,11 +32,15 @@ def sample_at_end(plan: Plan, assembly: Assembly, folder: Path) -> Path:
 
 
 def write_sample(generated: Generated, target: Path) -> Path:
-    """Writes picture and sound to `target`, making its folder."""
+    """Writes picture and sound to `target`, making its folder; sound alone to a .wav of the same name. Returns what was written."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if generated.video is None:
-        raise ConfigError("the model gave no picture to write")
-    write_mp4(target, generated.video, generated.sound)
+    if generated.video is not None:
+        write_mp4(target, generated.video, generated.sound)
+        return target
+    if generated.sound is None:
+        raise ConfigError("the model gave neither picture nor sound")
+    target = target.with_suffix(".wav")
+    write_wav(target, generated.sound)
     return target
 
 
@@ -44,6 +48,7 @@ def planned_request(family: ModelFamily, settings: Settings, *, sound: bool) -> 
     """The request that the validation keys describe, snapped to what the family can make. Raises `ConfigError`."""
     validation = settings.get(ValidationSettings)
     width, height = parse_resolution(validation.validation_resolution)
+    own = _own_defaults(family, settings)
     request = SampleRequest(
         prompt=validation.validation_prompt,
         negative_prompt=validation.validation_negative_prompt,
@@ -51,8 +56,8 @@ def planned_request(family: ModelFamily, settings: Settings, *, sound: bool) -> 
         height=family.geometry.snap_size(height),
         frames=family.geometry.snap_frames(validation.validation_num_video_frames),
         frame_rate=settings.get(DataSettings).frame_rate or family.geometry.default_frame_rate,
-        steps=validation.validation_num_inference_steps,
-        guidance=validation.validation_guidance,
+        steps=int(own.get("validation_num_inference_steps", validation.validation_num_inference_steps)),
+        guidance=own.get("validation_guidance", validation.validation_guidance),
         seed=validation.validation_seed,
         sound=sound,
     )
@@ -60,13 +65,23 @@ def planned_request(family: ModelFamily, settings: Settings, *, sound: bool) -> 
     return request
 
 
+def _own_defaults(family: ModelFamily, settings: Settings) -> dict[str, float]:
+    """The family's values for this model, of the keys that the user left at their defaults."""
+    wanted = family.request_defaults(settings.get(ModelSettings))
+    return {key: value for key, value in wanted.items() if settings.origin(key) == "default"}
+
+
 def adjustments(family: ModelFamily, settings: Settings) -> tuple[str, ...]:
-    """What `planned_request` changes to a size that the family can make, in words."""
+    """What `planned_request` changes to a size that the family can make, or to what suits the model, in words."""
     asked = settings.get(ValidationSettings)
     width, height = parse_resolution(asked.validation_resolution)
     request = planned_request(family, settings, sound=False)
     frames = asked.validation_num_video_frames
-    changed = []
+    changed = [
+        f"{key}: {settings.value(key):g} -> {value:g} (what this model samples with; set it to choose another)"
+        for key, value in _own_defaults(family, settings).items()
+        if settings.value(key) != value
+    ]
     if (width, height) != (request.width, request.height):
         step = family.geometry.size_step
         changed.append(f"validation_resolution: {width}x{height} -> {request.width}x{request.height} (sides are multiples of {step})")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from transformers.audio_utils import mel_filter_bank
 
 from tuner.errors import DataError
 from tuner.interfaces.encoders import AudioClip, LatentEncoder, Record, Source
-from tuner.interfaces.family import Variant
-from tuner.interfaces.services import WeightSource
-from tuner_ltxvideo2.loading import build_part
+from tuner_ltxvideo2.latents import Networks
 
 SAMPLE_RATE: Final = 16000
 LATENT_RATE: Final = 25
@@ -34,30 +32,18 @@ VERSION: Final = 1
 _MEL_REDUCTION: Final = 4
 
 
-class AudioLatentEncoder(LatentEncoder):
+class AudioLatentEncoder(Networks, LatentEncoder):
     """Sound 16 kHz -> {"latents": (L, 128) normalised in `dtype`, "mask": (L,) float32, 1 where there is sound and 0 on padding}."""
 
     name: ClassVar[str] = "audio"
     reads: ClassVar[Literal["video", "audio", "text"]] = "audio"
 
-    def __init__(self, source: WeightSource, variant: Variant, dtype: torch.dtype) -> None:
-        self._source = source
-        self._variant = variant
-        self._dtype = dtype
-        self._vae: Any = None
-        self._device = torch.device("cpu")
-
     def settings(self) -> Mapping[str, str | int | float | bool]:
         return {"audio_vae": self._source.fingerprint("audio_vae"), "dtype": str(self._dtype), "version": VERSION}
 
     def load(self, device: torch.device) -> None:
-        self._device = device
-        self._vae = build_part(self._source, "audio_vae", self._variant, dtype=self._dtype, device=device)
-
-    def unload(self) -> None:
-        self._vae = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        super().load(device)
+        self._open("audio_vae")
 
     @torch.no_grad()
     def encode(self, sources: Sequence[Source]) -> list[Record]:
@@ -66,41 +52,28 @@ class AudioLatentEncoder(LatentEncoder):
         length = latent_length(clips[0].samples.shape[-1])
         waves = torch.stack([stereo(clip) for clip in clips]).to(self._device)
         mel = log_mel(waves)[:, :, : 4 * length - 3]
-        latents = self._vae.encode(mel.to(self._dtype)).latent_dist.mode()
-        normalised = ((pack(latents).float() - self._vae.latents_mean) / self._vae.latents_std).to(self._dtype).cpu()
+        vae = self._network("audio_vae")
+        latents = vae.encode(mel.to(self._dtype)).latent_dist.mode()
+        normalised = ((pack(latents).float() - vae.latents_mean) / vae.latents_std).to(self._dtype).cpu()
         return [Record({"latents": item.clone(), "mask": sound_mask(clip, length)}) for item, clip in zip(normalised, clips, strict=True)]
 
 
-class AudioDecoder:
+class AudioDecoder(Networks):
     """Normalised latents to sound, through the audio VAE and the vocoder (24 kHz for 2.0, 48 kHz for 2.3)."""
 
-    def __init__(self, source: WeightSource, variant: Variant, dtype: torch.dtype) -> None:
-        self._source = source
-        self._variant = variant
-        self._dtype = dtype
-        self._vae: Any = None
-        self._vocoder: Any = None
-        self._device = torch.device("cpu")
-
     def load(self, device: torch.device) -> None:
-        """Brings both onto `device`."""
-        self._device = device
-        self._vae = build_part(self._source, "audio_vae", self._variant, dtype=self._dtype, device=device)
-        self._vocoder = build_part(self._source, "vocoder", self._variant, dtype=self._dtype, device=device)
-
-    def unload(self) -> None:
-        """Frees them."""
-        self._vae = self._vocoder = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        super().load(device)
+        self._open("audio_vae")
+        self._open("vocoder")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> AudioClip:
         """(1, L, 128) normalised -> stereo sound of (4L - 3) / 100 seconds, on the CPU."""
-        raw = latents.to(self._device).float() * self._vae.latents_std + self._vae.latents_mean
-        mel = self._vae.decode(unpack(raw, self._vae.config.mel_bins // _MEL_REDUCTION).to(self._dtype), return_dict=False)[0]
-        samples = self._vocoder(mel)[0].float().clamp(-1, 1).cpu()
-        return AudioClip(samples, self._vocoder.config.output_sampling_rate, samples.shape[-1])
+        vae, vocoder = self._network("audio_vae"), self._network("vocoder")
+        raw = latents.to(self._device).float() * vae.latents_std + vae.latents_mean
+        mel = vae.decode(unpack(raw, vae.config.mel_bins // _MEL_REDUCTION).to(self._dtype), return_dict=False)[0]
+        samples = vocoder(mel)[0].float().clamp(-1, 1).cpu()
+        return AudioClip(samples, vocoder.config.output_sampling_rate, samples.shape[-1])
 
 
 # --- lengths and masks -------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ _STRIDES: Final[Mapping[int, str]] = {2: "temporal", 4: "spatial", 8: "spatiotem
 def video_arguments(config: Mapping[str, Any], headers: Headers, version: str) -> dict[str, object]:
     """Arguments of `AutoencoderKLLTX2Video`.
 
+    A decoder of another kind (2.5's diffusion decoder) is left out: `encoder_only`.
     Encoder: a sampler's convolution gives c' / s channels. Decoder: it gives c · s / k channels, and what follows has c / k, where k is
     the factor by which channels shrink. So strides and factors follow from shapes alone. Whether a decoder's sampler adds a shortcut, and
     how pictures are padded, is in the configuration; where it says nothing, 2.0 adds and reflects, 2.3 does neither.
@@ -26,12 +27,16 @@ def video_arguments(config: Mapping[str, Any], headers: Headers, version: str) -
             "the video decoder is conditioned on a timestep, which this version does not support", where="vae.timestep_conditioning"
         )
     first = version == "2.0"
-    latent = shape_of(headers, "decoder.conv_in.conv.weight")[1]
     patch = int(config.get("patch_size", 4))
+    channels = shape_of(headers, "encoder.conv_in.conv.weight")[1] // patch**2
+    if config.get("encoder_only"):
+        decoder: dict[str, object] = {"encoder_only": True, "out_channels": channels}
+    else:
+        made = shape_of(headers, "decoder.conv_out.conv.weight")[0] // patch**2
+        decoder = {"out_channels": made, **_video_decoder(config, headers, default_residual=first)}
     return {
-        "in_channels": shape_of(headers, "encoder.conv_in.conv.weight")[1] // patch**2,
-        "out_channels": shape_of(headers, "decoder.conv_out.conv.weight")[0] // patch**2,
-        "latent_channels": latent,
+        "in_channels": channels,
+        "latent_channels": shape_of(headers, "latents_mean")[0],
         "patch_size": patch,
         "scaling_factor": float(config.get("scaling_factor", 1.0)),
         "encoder_causal": True,
@@ -43,7 +48,7 @@ def video_arguments(config: Mapping[str, Any], headers: Headers, version: str) -
         "spatial_compression_ratio": 32,
         "temporal_compression_ratio": 8,
         **_video_encoder(headers),
-        **_video_decoder(config, headers, default_residual=first),
+        **decoder,
     }
 
 

@@ -1,36 +1,29 @@
-"""From what the user wrote to files on this disk: an existing path, the tiny model, or a hub repository at a pinned revision.
+"""From what the user wrote to files on this disk: existing paths, the tiny model, or a hub repository at a pinned revision.
 
-Special here: of a published repository only the one combined file of the flavour is fetched; it also holds the same weights in other
-layouts, several times 40 GB.
+Special here: of a published repository only the files of the flavour are fetched; it also holds the same weights in other
+layouts, several times 40 GB. Every repository is asked before the first byte is downloaded, so that a licence that was not accepted
+is told at once.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
-from tuner.errors import CheckpointError, ConfigError, HubError
+from tuner.errors import CheckpointError, ConfigError
+from tuner_ltxvideo2.remote import Repository, fetch, lacks, newest, open_repository, preview
 from tuner_ltxvideo2.variants import DEFAULT_FLAVOUR, FLAVOURS, Flavour
 
-T = TypeVar("T")
 _WHERE: Final = "pretrained_model_name_or_path"
-_NETWORK_ERRORS: tuple[type[Exception], ...] = (OfflineModeIsEnabled, LocalEntryNotFoundError, OSError, *HfHubHTTPError.__bases__)
-"""Whatever HTTP library the hub's client uses, the errors of a connection descend from a base of `HfHubHTTPError`."""
-_TINY: Final = {"tiny": "2.0", "tiny-2.3": "2.3"}
+_TINY: Final = {"tiny": "2.0", "tiny-2.3": "2.3", "tiny-2.5": "2.5"}
+_PARTS: Final = ("connectors", "vae", "audio_vae", "vocoder", "text_encoder", "tokenizer")
+_KINDS: Final = (".safetensors", ".json", ".model")
+_SUFFIXES: Final = (".safetensors", ".sft")
 
 
 @dataclass(frozen=True)
@@ -41,128 +34,186 @@ class ModelFiles:
     text_encoder: Path | None
     """None: it lies beside the weights, as the source's folder `text_encoder`."""
     description: str
-    """For people and model cards: repository and revision, or a file's name."""
+    """For people and model cards: repository and commit, or a file's name."""
+    downloads: tuple[str, ...] = ()
+    """What a run would download, in words, where `scratch` was given."""
 
 
-def locate_model(location: str, revision: str, flavour: str, text_encoder: str, cache_dir: Path) -> ModelFiles:
-    """Everything that a run needs, on this disk. `text_encoder`: a folder, a hub repository, or empty for the flavour's own.
+@dataclass(frozen=True)
+class _Wanted:
+    """Files of a repository, and which of them, or which of its folders, is the one that is asked for."""
 
-    Raises `ConfigError` for an unknown or refused flavour, `CheckpointError` for a path that does not exist, `HubError`.
+    repository: Repository
+    files: tuple[str, ...]
+    main: str
+
+    def bring(self, scratch: Path | None) -> tuple[Path, str]:
+        """Place on this disk, and what would be downloaded in words."""
+        if scratch is None:
+            return fetch(self.repository, self.files) / self.main, ""
+        root, told = preview(self.repository, self.files, scratch / "hub" / self.repository.name.replace("/", "--"))
+        return root / self.main, told
+
+
+def locate_model(
+    location: str, revision: str, flavour: str, text_encoder: str, cache_dir: Path, *, scratch: Path | None = None
+) -> ModelFiles:
+    """Everything that a run needs, on this disk. `text_encoder`: a folder, file or hub repository, or empty for the flavour's own.
+
+    `scratch`: for a plan that is only looked at; nothing large is downloaded, and headers are put there.
+    Raises `ConfigError` for an unknown flavour, `CheckpointError` for a path that does not exist, `HubError`.
     """
     known = flavour_of(flavour)
-    weights = resolve_location(location, revision, flavour, cache_dir)
-    description = describe(location, revision, flavour, weights)
-    if text_encoder:
-        return ModelFiles(weights, resolve_text_encoder(text_encoder), description)
-    root = weights if weights.is_dir() else weights.parent
-    if (root / "text_encoder").is_dir() or not known.text_encoder or (location and _is_local(location)):
-        return ModelFiles(weights, None, description)
-    return ModelFiles(weights, resolve_text_encoder(known.text_encoder), description)
+    local = _local_weights(location, flavour, text_encoder, cache_dir)
+    remote = None if local else _weights_of(open_repository(location or known.repository, revision), known)
+    described = _describe_local(location, local) if local else _describe(remote)
+    encoder = _wanted_text_encoder(text_encoder, location, known, local, remote)
+    downloads = []
+    if remote is not None:
+        local, told = remote.bring(scratch)
+        downloads.append(told)
+    assert local is not None
+    if isinstance(encoder, _Wanted):
+        encoder, told = encoder.bring(scratch)
+        downloads.append(told)
+    return ModelFiles(local, encoder, described, tuple(filter(None, downloads)))
 
 
 def flavour_of(name: str) -> Flavour:
-    """The flavour called `name` (the default for ""). Raises `ConfigError` for one that is unknown or not taken."""
+    """The flavour called `name` (the default for ""). Raises `ConfigError` for one that is unknown."""
     known = FLAVOURS.get(name or DEFAULT_FLAVOUR)
     if known is None:
         raise ConfigError("there is no such flavour", where="model_flavour", value=name, remedy=f"use one of {', '.join(FLAVOURS)}")
-    if known.refused:
-        usable = ", ".join(key for key, item in FLAVOURS.items() if not item.refused)
-        raise ConfigError(f"not taken: {known.refused}", where="model_flavour", value=name, remedy=f"use one of {usable}")
     return known
 
 
+def is_distilled(location: str, flavour: str) -> bool:
+    """Whether the model samples in few steps: the flavour's word, or without one the name that a path or repository has."""
+    return flavour_of(flavour).distilled if flavour or not location else "distilled" in location.lower().replace("distilled-lora", "")
+
+
 def resolve_location(location: str, revision: str = "", flavour: str = "", cache_dir: Path | None = None) -> Path:
-    """The file or folder of the weights: an existing path, else a hub repository, else the flavour's.
-
-    The tiny flavours are written on first use, into `cache_dir` or, without one, `tuner` in the user's cache folder.
-    """
+    """The file or folder of the weights: an existing path, else a hub repository, else the flavour's."""
     known = flavour_of(flavour)
-    if location and _is_local(location):
-        path = Path(location).expanduser()
-        if not path.exists():
-            raise CheckpointError("there is no such file or folder", where=_WHERE, value=location)
-        return path
-    if not location and flavour in _TINY:
-        from tuner_ltxvideo2.tiny import write_tiny
-
-        return write_tiny((cache_dir or _user_cache()) / "models" / flavour, variant=_TINY[flavour]).checkpoint
-    return _fetch_weights(location or known.repository, revision, known)
+    local = _local_weights(location, flavour, "", cache_dir or _user_cache())
+    return local or _weights_of(open_repository(location or known.repository, revision), known).bring(None)[0]
 
 
 def resolve_text_encoder(location: str, revision: str = "") -> Path:
-    """The folder of a Gemma: existing, or of a hub repository that is one or has one in `text_encoder`."""
+    """The folder or file of a Gemma: existing, or of a hub repository that is one or has one in `text_encoder`."""
     if _is_local(location):
-        path = Path(location).expanduser()
-        if not path.is_dir():
-            raise CheckpointError("there is no such folder", where="text_encoder_path", value=location)
-        return path
-    files = _ask(location, lambda: HfApi().list_repo_files(location, revision=revision or None))
-    nested = "text_encoder/config.json" in files
-    folders = ("text_encoder/", "tokenizer/") if nested else ("",)
-    wanted = [file for file in files if file.startswith(folders) and file.endswith((".safetensors", ".json", ".model"))]
-    if any(Path(file).name.startswith("model") for file in wanted):  # some repositories hold the shards under two names
-        wanted = [file for file in wanted if not Path(file).name.startswith("diffusion_pytorch_model")]
-    root = Path(_ask(location, lambda: snapshot_download(location, revision=revision or None, allow_patterns=wanted)))
-    return root / "text_encoder" if nested else root
+        return _local_text_encoder(location)
+    return _text_encoder_of(open_repository(location, revision)).bring(None)[0]
 
 
-def describe(location: str, revision: str, flavour: str, weights: Path) -> str:
-    """What people call these weights, without a private path."""
-    if (location and _is_local(location)) or (not location and flavour in _TINY):
-        return weights.name
-    repository = location or flavour_of(flavour).repository
-    commit = next((part for above, part in zip(weights.parts, weights.parts[1:], strict=False) if above == "snapshots"), revision)
-    return f"{repository}@{commit}" if commit else repository
+# --- on this disk ------------------------------------------------------------------------------------------------
+def _local_weights(location: str, flavour: str, text_encoder: str, cache_dir: Path) -> Path | None:
+    """What the user's path names, or the tiny model, written on first use; None: it is on the hub."""
+    if not location and flavour in _TINY:
+        from tuner_ltxvideo2.tiny import write_tiny
+
+        return write_tiny(cache_dir / "models" / flavour, variant=_TINY[flavour]).checkpoint
+    if not location or not (_is_local(location) or "," in location):
+        return None
+    paths = [Path(part.strip()).expanduser() for part in location.split(",")] if not Path(location).exists() else [Path(location)]
+    for path in paths:
+        if not path.exists():
+            raise CheckpointError("there is no such file or folder", where=_WHERE, value=str(path))
+    if len(paths) == 1 and not (paths[0].is_file() and text_encoder.endswith(_SUFFIXES)):
+        return paths[0]
+    if text_encoder.endswith(_SUFFIXES):
+        paths.append(_local_text_encoder(text_encoder))
+    return _gathered(paths, cache_dir)
 
 
-def _fetch_weights(repository: str, revision: str, flavour: Flavour) -> Path:
-    """The flavour's combined file; a repository in diffusers' layout as a whole where it has no such file."""
-    files = _ask(repository, lambda: HfApi().list_repo_files(repository, revision=revision or None))
-    fitting = [file for file in files if fnmatch.fnmatch(file, flavour.filename) and "lora" not in file]
-    combined = sorted(fitting, key=lambda file: Path(file).stem)  # without suffix, so that `x-1.1` comes after `x`
-    if not combined:
-        combined = sorted(file for file in files if "/" not in file and file.endswith(".safetensors") and "lora" not in file)
-        if len(combined) != 1 and "transformer/config.json" in files:
-            patterns = [f"{part}/*" for part in ("transformer", "connectors", "vae", "audio_vae", "vocoder", "text_encoder", "tokenizer")]
-            return Path(_ask(repository, lambda: snapshot_download(repository, revision=revision or None, allow_patterns=patterns)))
-        if len(combined) != 1:
-            raise CheckpointError(
-                "the repository does not hold exactly one checkpoint",
-                where=_WHERE,
-                value=combined[:8],
-                remedy="download one and give its path",
-            )
-    return Path(_ask(repository, lambda: hf_hub_download(repository, combined[-1], revision=revision or None)))
+def _gathered(paths: Sequence[Path], cache_dir: Path) -> Path:
+    """A folder with links to files that lie in several places, as if they lay in one."""
+    files = [path.resolve() for path in paths]
+    folder = cache_dir / "models" / ("gathered-" + hashlib.sha256("\n".join(map(str, files)).encode()).hexdigest()[:12])
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        link = folder / file.name
+        if not link.is_symlink():
+            link.symlink_to(file)
+    return folder
 
 
-def _ask(repository: str, call: Callable[[], T]) -> T:
-    """Runs a call to the hub and tells its failures in words."""
-    try:
-        return call()
-    except GatedRepoError as error:
-        raise HubError(
-            "the repository is open only to those who accepted its licence", where=repository,
-            remedy=f"accept it on https://huggingface.co/{repository}, then run `hf auth login`",
-        ) from error  # fmt: skip
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise HubError(
-            "there is no such repository or revision, or it is private",
-            where=repository,
-            remedy="check the name; `hf auth login` for a private one",
-        ) from error
-    except _NETWORK_ERRORS as error:
-        raise HubError(
-            f"the hub cannot be reached: {type(error).__name__}", where=repository,
-            remedy="check the connection, or download the files elsewhere and give their path",
-        ) from error  # fmt: skip
+def _local_text_encoder(location: str) -> Path:
+    path = Path(location).expanduser()
+    if not path.is_dir() and not (path.is_file() and path.suffix in _SUFFIXES):
+        raise CheckpointError("there is no such folder or .safetensors file", where="text_encoder_path", value=location)
+    return path
+
+
+def _describe_local(location: str, weights: Path) -> str:
+    """Names without a private path."""
+    return " + ".join(Path(part.strip()).name for part in location.split(",")) if "," in location else weights.name
 
 
 def _is_local(location: str) -> bool:
     """A path that exists, or that no hub repository (`owner/name`) can be called."""
     if Path(location).expanduser().exists():
         return True
-    return location.startswith(("/", ".", "~")) or location.count("/") != 1 or location.endswith((".safetensors", ".sft"))
+    return location.startswith(("/", ".", "~")) or location.count("/") != 1 or location.endswith(_SUFFIXES)
 
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuner"
+
+
+# --- on the hub --------------------------------------------------------------------------------------------------
+def _wanted_text_encoder(
+    text_encoder: str, location: str, known: Flavour, local: Path | None, remote: _Wanted | None
+) -> Path | _Wanted | None:
+    """Where the text encoder is; None: beside the weights."""
+    if text_encoder:
+        return _local_text_encoder(text_encoder) if _is_local(text_encoder) else _text_encoder_of(open_repository(text_encoder))
+    if local is not None or remote is None or not known.text_encoder or _brings_text_encoder(remote):
+        return None
+    same = known.text_encoder == remote.repository.name
+    return _text_encoder_of(remote.repository if same else open_repository(known.text_encoder))
+
+
+def _brings_text_encoder(wanted: _Wanted) -> bool:
+    return any(file.startswith("text_encoder/") for file in wanted.files)
+
+
+def _describe(wanted: _Wanted | None) -> str:
+    assert wanted is not None
+    return f"{wanted.repository.name}@{wanted.repository.commit}" if wanted.repository.commit else wanted.repository.name
+
+
+def _weights_of(repository: Repository, flavour: Flavour) -> _Wanted:
+    """The flavour's files; of a repository in diffusers' layout its folders; else its only checkpoint."""
+    listed = [file for file in repository.files if "lora" not in file.lower()]
+    fitting = [file for file in listed if flavour.filename and fnmatch.fnmatch(file, flavour.filename)]
+    if fitting:
+        main = newest(fitting, flavour.filename, repository)
+        beside = [
+            newest([file for file in listed if fnmatch.fnmatch(file, pattern)], pattern, repository) for pattern in flavour.companions
+        ]
+        return _Wanted(repository, (main, *beside), main)
+    if repository.name == flavour.repository:  # another checkpoint of it would be another model
+        raise lacks(repository, flavour.filename)
+    if "transformer/config.json" in repository.files:
+        folder = flavour.folder if f"{flavour.folder}/config.json" in repository.files else "transformer"
+        files = repository.wanted([f"{part}/" for part in (folder, *_PARTS)], _KINDS)
+        return _Wanted(repository, tuple(files), "" if folder == "transformer" else folder)
+    combined = sorted(file for file in listed if "/" not in file and file.endswith(".safetensors"))
+    if len(combined) != 1:
+        raise CheckpointError(
+            "the repository does not hold exactly one checkpoint, nor the flavour's",
+            where=_WHERE,
+            value=combined[:8],
+            remedy="set model_flavour, or download one and give its path",
+        )
+    return _Wanted(repository, (combined[0],), combined[0])
+
+
+def _text_encoder_of(repository: Repository) -> _Wanted:
+    """A repository that is a Gemma, or that has one in `text_encoder`."""
+    nested = "text_encoder/config.json" in repository.files
+    wanted = repository.wanted(("text_encoder/", "tokenizer/") if nested else ("",), _KINDS)
+    if any(Path(file).name.startswith("model") for file in wanted):  # some repositories hold the shards under two names
+        wanted = [file for file in wanted if not Path(file).name.startswith("diffusion_pytorch_model")]
+    return _Wanted(repository, tuple(wanted), "text_encoder" if nested else "")

@@ -15,9 +15,13 @@ from typing import Final
 PARTS: Final = ("transformer", "connectors", "vae", "audio_vae", "vocoder")
 """Networks that a combined checkpoint holds, in the order in which they are listed to people."""
 
-_TRANSFORMER_PREFIX: Final = "model.diffusion_model."
 _CONNECTOR_HEADS: Final = ("video_embeddings_connector", "audio_embeddings_connector")
 _PROJECTION_HEAD: Final = "text_embedding_projection"
+PROJECTION_PREFIX: Final = _PROJECTION_HEAD + "."
+"""Of the connectors' first layers, which LTX-2.5 publishes in the text encoder's file."""
+TRANSFORMER_PREFIX: Final = "model.diffusion_model."
+DIFFUSION_DECODER: Final = "vae.decoder.t_embedder.mlp.0.weight"
+"""A key that only a video VAE with a diffusion decoder has (2.5); its encoder is the convolutional VAE's."""
 
 # Original segment -> diffusers segment.
 _SEGMENTS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -84,10 +88,18 @@ _UNREAD: Final = (
 )
 
 
+def is_unread(key: str) -> bool:
+    """Whether a key of a published file belongs to a network that is known, and that nothing here reads.
+
+    `duration_head` (2.5) suggests a length for a prompt; training and sampling are told theirs.
+    """
+    return key.startswith("duration_head.")
+
+
 def split_original(key: str) -> tuple[str, str] | None:
     """Part and part-relative name of a key of a combined file; None for a key that belongs to no known part."""
-    if key.startswith(_TRANSFORMER_PREFIX):
-        name = key.removeprefix(_TRANSFORMER_PREFIX)
+    if key.startswith(TRANSFORMER_PREFIX):
+        name = key.removeprefix(TRANSFORMER_PREFIX)
         part = "connectors" if name.split(".", 1)[0] in (*_CONNECTOR_HEADS, _PROJECTION_HEAD) else "transformer"
         return part, name
     head, _, name = key.partition(".")
@@ -99,7 +111,7 @@ def split_original(key: str) -> tuple[str, str] | None:
 def join_original(part: str, name: str) -> str:
     """The key in a combined file of the part-relative original `name`: the inverse of `split_original`."""
     if part == "transformer" or (part == "connectors" and not name.startswith(_PROJECTION_HEAD + ".")):
-        return _TRANSFORMER_PREFIX + name
+        return TRANSFORMER_PREFIX + name
     return name if part == "connectors" else f"{part}.{name}"
 
 

@@ -28,8 +28,9 @@ from tuner.errors import CheckpointError
 from tuner.interfaces.family import Variant
 from tuner.interfaces.memory import Placement
 from tuner.interfaces.services import Loader, TensorHeader, WeightSource
-from tuner_ltxvideo2.keys import PARTS, join_original, split_original, to_diffusers
-from tuner_ltxvideo2.stored import StoredFile, StoredTensor, fingerprint_tensors, read_header, weight_files
+from tuner_ltxvideo2.keys import DIFFUSION_DECODER, PARTS, TRANSFORMER_PREFIX, is_unread, join_original, split_original, to_diffusers
+from tuner_ltxvideo2.quantized import read_weight, with_scales
+from tuner_ltxvideo2.stored import StoredFile, StoredTensor, fingerprint_tensors, named, read_header, weight_files
 from tuner_ltxvideo2.variants import FAMILY, variant_of
 
 _CLASSES: Final[Mapping[str, type[nn.Module]]] = {
@@ -39,11 +40,12 @@ _CLASSES: Final[Mapping[str, type[nn.Module]]] = {
     "audio_vae": AutoencoderKLLTX2Audio,
     "vocoder": LTX2Vocoder,
 }
-_PLAIN_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
+TOKENIZER_KEY: Final = "tokenizer_json"
+"""A text encoder in one file embeds its tokenizer.json, as a tensor of bytes."""
 _BLOCKS: Final = "transformer_blocks"
 _STATISTICS: Final = frozenset({"latents_mean", "latents_std"})
-_NAMED: Final = 8
-"""How many keys an error names; the total is always given."""
+ENCODER_ONLY: Final = "encoder_only"
+"""Among the video VAE's arguments: its decoder is of a kind that is not built here."""
 
 
 class StoredWeights(WeightSource):
@@ -74,7 +76,8 @@ class StoredWeights(WeightSource):
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as opened:
                 for name in wanted:
-                    yield name, opened.get_tensor(stored[name].key)
+                    scales = tuple(opened.get_tensor(scale.key) for scale in stored[name].scales)
+                    yield name, read_weight(stored[name], opened.get_tensor(stored[name].key), scales)
 
     def fingerprint(self, part: str) -> str:
         return fingerprint_tensors(self._part(part))
@@ -110,34 +113,33 @@ class CombinedFile(Loader):
                 "the folder does not hold exactly one combined checkpoint",
                 where="pretrained_model_name_or_path", value=[file.name for file in files], remedy="give the path of one .safetensors file",
             )  # fmt: skip
-        stored = read_header(files[0])
-        _refuse_quantized(stored)
-        source = StoredWeights(files[0], description, _configuration(stored), _place_original(stored))
+        source = StoredWeights(files[0], description, *place_files([read_header(files[0])]))
         check_complete(source, variant_of(source))
         return source
 
 
 class DiffusersFolder(Loader):
-    """A folder with `transformer/`, `connectors/`, `vae/`, ... as diffusers saves a pipeline; single files or shards."""
+    """A folder with `transformer/`, `connectors/`, `vae/`, ... as diffusers saves a pipeline; single files or shards.
+
+    Where such a folder holds several transformers, one of them may be given: `.../transformer_full`.
+    """
 
     families: ClassVar[tuple[str, ...]] = (FAMILY,)
 
     def accepts(self, location: Path) -> bool:
-        return (location / "transformer" / "config.json").is_file()
+        return (location / "transformer" / "config.json").is_file() or _is_transformer(location)
 
     def open(self, location: Path, description: str) -> WeightSource:
+        chosen = location if _is_transformer(location) else location / "transformer"
         metadata: dict[str, object] = {}
         index: dict[str, Mapping[str, StoredTensor]] = {}
         for part in PARTS:
-            folder = location / part
+            folder = chosen if part == "transformer" else chosen.parent / part
             if not (folder / "config.json").is_file():
                 continue
             metadata[part] = _read_json(folder / "config.json")
-            stored = [read_header(file) for file in weight_files(folder)]
-            for file in stored:
-                _refuse_quantized(file)
-            index[part] = _merge(stored, part)
-        source = StoredWeights(location, description, metadata, index)
+            index[part] = _merge([with_scales(read_header(file)) for file in weight_files(folder)], part)
+        source = StoredWeights(chosen.parent, description, metadata, index)
         check_complete(source, variant_of(source))
         return source
 
@@ -216,7 +218,10 @@ def part_class(part: str, arguments: Mapping[str, object]) -> type[nn.Module]:
 def make_part(part: str, variant: Variant) -> nn.Module:
     """The module of `part` as its class initializes it, on the default device."""
     arguments: dict[str, Any] = dict(variant.config[part])
+    encoder_only = arguments.pop(ENCODER_ONLY, False)
     module = part_class(part, arguments)(**arguments)
+    if encoder_only:
+        del module.decoder
     if part == "audio_vae":
         # diffusers sizes these by `base_channels`, which is the packed width (channels x mel) only in the released model.
         width = arguments["latent_channels"] * arguments["mel_bins"] // 4
@@ -232,7 +237,9 @@ def check_complete(source: WeightSource, variant: Variant) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether `folder` holds a tokenizer as transformers saves it."""
+    """Whether `folder` holds a tokenizer as transformers saves it; a file: whether one is embedded in it."""
+    if folder.is_file():
+        return TOKENIZER_KEY in read_header(folder).tensors
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
 
@@ -260,7 +267,7 @@ def _check_part(needed: Mapping[str, tuple[int, ...]], part: str, headers: Mappi
 
 def _raise_keys(part: str, **problems: Sequence[str]) -> None:
     """One error for all kinds of problems with keys, each with its first names and its total; nothing when there are none."""
-    told = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
+    told = [f"{len(keys)} {kind}: {named(keys)}" for kind, keys in problems.items() if keys]
     if told:
         raise CheckpointError(
             f"the weights do not fit the model; {'; '.join(told)}", where=part,
@@ -268,16 +275,33 @@ def _raise_keys(part: str, **problems: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return ", ".join(sorted(keys)[:_NAMED]) + more
+def place_files(files: Sequence[StoredFile]) -> tuple[dict[str, object], dict[str, dict[str, StoredTensor]]]:
+    """What published files say about themselves, and part -> module's name -> tensor, each stored key used once.
 
-
-def _place_original(stored: StoredFile) -> dict[str, dict[str, StoredTensor]]:
-    """Part -> module's name -> tensor, each stored key used once. Raises `CheckpointError` for unknown and for doubled keys."""
+    The first file that says something about a part counts. Raises `CheckpointError` for unknown and for doubled keys.
+    """
+    metadata: dict[str, object] = {}
     index: dict[str, dict[str, StoredTensor]] = {}
+    for file in map(with_scales, files):
+        for part, table in _configuration(file).items():
+            if table is not None and not metadata.get(part):
+                metadata[part] = table
+        if DIFFUSION_DECODER in file.tensors:
+            metadata["vae"] = {**dict(_table(metadata.get("vae"))), ENCODER_ONLY: True}
+        _place_original(file, index)
+    return metadata, index
+
+
+def _table(found: object) -> Mapping[str, object]:
+    return found if isinstance(found, Mapping) else {}
+
+
+def _place_original(stored: StoredFile, index: dict[str, dict[str, StoredTensor]]) -> None:
     unknown, doubled = [], []
+    encoder_only = DIFFUSION_DECODER in stored.tensors
     for key, tensor in stored.tensors.items():
+        if is_unread(key) or (encoder_only and key.startswith("vae.decoder.")):
+            continue
         placed = split_original(key)
         if placed is None:
             unknown.append(key)
@@ -290,7 +314,6 @@ def _place_original(stored: StoredFile) -> dict[str, dict[str, StoredTensor]]:
             doubled.append(join_original(part, original))
         index[part][name] = tensor
     _raise_keys(stored.path.name, unknown=unknown, doubled=doubled)
-    return index
 
 
 def _merge(files: Iterable[StoredFile], part: str) -> dict[str, StoredTensor]:
@@ -301,16 +324,6 @@ def _merge(files: Iterable[StoredFile], part: str) -> dict[str, StoredTensor]:
     return merged
 
 
-def _refuse_quantized(stored: StoredFile) -> None:
-    strange = {tensor.header.dtype for tensor in stored.tensors.values()} - _PLAIN_DTYPES
-    scales = [key for key in stored.tensors if key.endswith(("weight_scale", "scale_weight", "input_scale", "weight_scale_2"))]
-    if strange or scales:
-        raise CheckpointError(
-            "the weights are quantized: they count only together with scales, which this version does not apply",
-            where=stored.path.name, value=sorted(strange) or _some(scales), remedy="use the bf16 checkpoint of the same model",
-        )  # fmt: skip
-
-
 # --- small steps -------------------------------------------------------------------------------------------------
 def _combined_files(location: Path) -> list[Path]:
     files = sorted(location.glob("*.safetensors")) if location.is_dir() else [location]
@@ -318,9 +331,21 @@ def _combined_files(location: Path) -> list[Path]:
 
 
 def _is_combined(file: Path) -> bool:
-    # Adapters begin with the same prefix; they are told by their factors.
     keys = read_header(file).tensors
-    return any(key.startswith("model.diffusion_model.") for key in keys) and not any(".lora_" in key for key in keys)
+    return is_transformer_file(keys) and any(key.startswith(("vae.", "audio_vae.", "vocoder.")) for key in keys)
+
+
+def is_transformer_file(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys holds the transformer. Adapters begin with the same prefix; they are told by their factors."""
+    listed = list(keys)
+    return any(key.startswith(TRANSFORMER_PREFIX) for key in listed) and not any(".lora_" in key for key in listed)
+
+
+def _is_transformer(folder: Path) -> bool:
+    """Whether `folder` is one network as diffusers saves it, and a transformer."""
+    if not (folder / "config.json").is_file() or not (folder.parent / "connectors").is_dir():
+        return False
+    return _read_json(folder / "config.json").get("_class_name") == "LTX2VideoTransformer3DModel"
 
 
 def _configuration(stored: StoredFile) -> dict[str, object]:
@@ -355,7 +380,11 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """Identity of a model folder as transformers saves it: its configuration and weights, never its path."""
+    """Identity of a model folder as transformers saves it: its configuration and weights, never its path. One file may hold both."""
+    if folder.is_file():
+        stored = read_header(folder)
+        told = json.dumps(sorted(stored.metadata.items()))
+        return hashlib.sha256((told + fingerprint_tensors(stored.tensors)).encode()).hexdigest()
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):
         digest.update(fingerprint_tensors(read_header(file).tensors).encode())

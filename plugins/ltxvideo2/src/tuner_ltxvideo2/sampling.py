@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,7 +33,7 @@ from tuner.interfaces.family import (
     TokenShift,
 )
 from tuner_ltxvideo2.audio_latents import AudioDecoder
-from tuner_ltxvideo2.inputs import AUDIO_CHANNELS, audio_length, pack_video, unpack_video, video_grid
+from tuner_ltxvideo2.geometry import AUDIO_CHANNELS, audio_length, pack_video, unpack_video, video_grid
 from tuner_ltxvideo2.video_latents import VideoDecoder
 
 VIDEO_CHANNELS = 128
@@ -85,8 +86,13 @@ def grids_for(request: SampleRequest, streams: Sequence[str]) -> dict[str, Grid]
     return grids
 
 
-def schedule(steps: int, tokens: int, shift: TokenShift) -> Tensor:
-    """Sigmas (steps + 1,) fp32 on the CPU, from 1 to 0: even steps, shifted by exp(mu(tokens)), stretched to end at 0.1 before 0."""
+def schedule(steps: int, tokens: int, shift: TokenShift, *, distilled: bool = False) -> Tensor:
+    """Sigmas (steps + 1,) fp32 on the CPU, from 1 to 0: even steps, shifted by exp(mu(tokens)), stretched to end at 0.1 before 0.
+
+    A distilled model's 8 steps are those that it was made for, whatever the number of tokens.
+    """
+    if distilled and steps == len(DISTILLED_SIGMA_VALUES):
+        return torch.tensor([*DISTILLED_SIGMA_VALUES, 0.0])
     if steps == 1:  # stretching one sigma of 1 would divide by 0
         return torch.tensor([1.0, 0.0])
     scheduler = FlowMatchEulerDiscreteScheduler(
@@ -135,6 +141,8 @@ def denoise(
     grids: Mapping[str, Grid],
     shift: TokenShift,
     device: torch.device,
+    *,
+    distilled: bool = False,
 ) -> dict[str, Tensor]:
     """Stream -> (1, S, C) normalised latents, fp32 on `device`.
 
@@ -142,7 +150,7 @@ def denoise(
     """
     latents = {name: values.to(device) for name, values in noise.items()}
     leading = next(iter(latents.values()))
-    sigmas = schedule(request.steps, leading.shape[1], shift).tolist()
+    sigmas = schedule(request.steps, leading.shape[1], shift, distilled=distilled).tolist()
     sides = [prompt.positive] if prompt.negative is None else [prompt.positive, prompt.negative]
     text = {name: torch.cat([side[name] for side in sides]).to(device) for name in latents}
     scales = {"video": request.guidance, "audio": request.audio_guidance or request.guidance}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +32,8 @@ class StoredTensor:
     """First byte in the file."""
     end: int
     """One behind the last byte."""
+    scales: tuple[StoredTensor, ...] = ()
+    """What it has to be multiplied by, of a quantized weight; `header` is then the weight's own."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def fingerprint_tensors(tensors: Mapping[str, StoredTensor]) -> str:
     Two trainings of one architecture differ everywhere, so pages find them out without reading everything. Ranges count in the order of
     names, so that the same weights in one file or in shards, under either naming, have the same identity.
     """
-    ordered = sorted(tensors.items())
+    scales = {f"{name} {scale.key.rpartition('.')[2]}": scale for name, tensor in tensors.items() for scale in tensor.scales}
+    ordered = sorted({**tensors, **scales}.items())
     digest = hashlib.sha256(json.dumps([(name, t.header.dtype, list(t.header.shape)) for name, t in ordered]).encode())
     total = sum(t.end - t.start for _, t in ordered)
     digest.update(str(total).encode())
@@ -93,11 +96,30 @@ def fingerprint_tensors(tensors: Mapping[str, StoredTensor]) -> str:
                     file.seek(tensor.start + offset)
                     digest.update(file.read(min(_PAGE, size - offset)))
         begin += size
+    for _, scale in sorted(scales.items()):  # a few bytes that no page would hit, and that change a whole weight
+        if scale.end - scale.start <= _PAGE:
+            digest.update(read_bytes(scale))
     return digest.hexdigest()
 
 
+def read_bytes(tensor: StoredTensor) -> bytes:
+    """A tensor's data as it lies in its file."""
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.end - tensor.start)
+
+
+def named(keys: Iterable[str], most: int = 8) -> str:
+    """The first keys in order, and how many more there are: for errors."""
+    ordered = sorted(keys)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those that an index lists, or the single one. Raises `CheckpointError`."""
+    """The safetensors files of a model folder: those that an index lists, or the single one; a file itself. Raises `CheckpointError`."""
+    if folder.is_file():
+        return [folder]
     for stem in ("model", "diffusion_pytorch_model"):
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():

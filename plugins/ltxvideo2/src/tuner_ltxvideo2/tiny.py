@@ -1,7 +1,7 @@
 """The tiny flavour: LTX-2's own architecture at toy size, random from a seed, in the published file layout.
 
 Special here: everything that a run reads is real, only small. Names, prefixes and the configuration in the metadata are those of a
-published file; the text encoder is a Gemma 3 with a tokenizer trained on the spot; the latents' statistics are measured on made
+published file; the text encoder is a Gemma with a tokenizer trained on the spot; the latents' statistics are measured on made
 clips, so that normalised latents have about unit variance. Video latents keep 128 channels, packed sound 128 features.
 
 Weights are stored in bfloat16 as in the published files, statistics in float32.
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
+from transformers import Gemma3TextConfig, Gemma4UnifiedTextConfig, PreTrainedTokenizerFast
 from transformers.audio_utils import mel_filter_bank
 
 from tuner.errors import ConfigError
@@ -31,7 +31,8 @@ from tuner_ltxvideo2.audio_latents import log_mel, pack
 from tuner_ltxvideo2.keys import PARTS, join_original, to_original
 from tuner_ltxvideo2.loading import make_part
 from tuner_ltxvideo2.text import without_progress
-from tuner_ltxvideo2.variants import FAMILY
+from tuner_ltxvideo2.text_files import gemma_model
+from tuner_ltxvideo2.variants import FAMILY, KEYFRAMES
 
 BLOCKS: Final = 4
 TEXT_LENGTH: Final = 64
@@ -61,10 +62,10 @@ class TinyPaths:
 def write_tiny(folder: Path, *, variant: str = "2.0", seed: int = 0) -> TinyPaths:
     """Writes the tiny checkpoint and its text encoder into `folder`; leaves a complete one there as it is.
 
-    `variant`: "2.0" or "2.3". The same seed gives the same weights. Raises `ConfigError` for another variant.
+    `variant`: "2.0", "2.3" or "2.5". The same seed gives the same weights. Raises `ConfigError` for another variant.
     """
-    if variant not in ("2.0", "2.3"):
-        raise ConfigError("the tiny model comes as 2.0 and 2.3", value=variant)
+    if variant not in ("2.0", "2.3", "2.5"):
+        raise ConfigError("the tiny model comes as 2.0, 2.3 and 2.5", value=variant)
     name = f"ltxvideo2-tiny-{variant}-seed{seed}"
     paths = TinyPaths(folder / f"{name}.safetensors", folder / "text_encoder")
     if paths.checkpoint.is_file() and (paths.text_encoder / "tokenizer.json").is_file():
@@ -72,7 +73,7 @@ def write_tiny(folder: Path, *, variant: str = "2.0", seed: int = 0) -> TinyPath
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        _write_text_encoder(paths.text_encoder)
+        _write_text_encoder(paths.text_encoder, variant)
         modules = {part: _random_part(part, Variant(FAMILY, variant, _arguments(variant))) for part in PARTS}
         _set_statistics(modules["vae"], modules["audio_vae"])
     _write_checkpoint(paths.checkpoint, modules, _configuration(variant), f"{variant}.0")
@@ -82,7 +83,7 @@ def write_tiny(folder: Path, *, variant: str = "2.0", seed: int = 0) -> TinyPath
 # --- what it is built of -----------------------------------------------------------------------------------------
 def _arguments(variant: str) -> dict[str, Mapping[str, object]]:
     """Arguments of diffusers' classes per part."""
-    newer = variant == "2.3"
+    newer, newest = variant != "2.0", variant == "2.5"
     return {
         "transformer": {
             "in_channels": 128, "out_channels": 128, "num_attention_heads": _HEADS, "attention_head_dim": _VIDEO_HEAD,
@@ -91,6 +92,7 @@ def _arguments(variant: str) -> dict[str, Mapping[str, object]]:
             "num_layers": BLOCKS, "caption_channels": _WIDTH, "rope_type": "split", "rope_double_precision": True,
             "cross_attn_timestep_scale_multiplier": 1000.0, "gated_attn": newer, "audio_gated_attn": newer,
             "cross_attn_mod": newer, "audio_cross_attn_mod": newer, "use_prompt_embeddings": not newer,
+            "ff_bias": not newest, "use_keyframes_abs_pos_embedding": newest,
         },
         "connectors": {
             "caption_channels": _WIDTH, "text_proj_in_factor": _GEMMA_LAYERS + 1, "rope_type": "split", "rope_double_precision": True,
@@ -136,7 +138,7 @@ def _vocoder_arguments(newer: bool) -> dict[str, object]:
 
 def _configuration(variant: str) -> dict[str, object]:
     """The configuration as published files carry it in their metadata: of another shape than diffusers' arguments."""
-    newer = variant == "2.3"
+    newer = variant != "2.0"
     transformer: dict[str, object] = {
         "_class_name": "AVTransformer3DModel", "activation_fn": "gelu-approximate", "attention_bias": True, "dropout": 0.0,
         "norm_elementwise_affine": False, "norm_eps": 1e-06, "qk_norm": "rms_norm", "standardization_norm": "rms_norm",
@@ -158,6 +160,8 @@ def _configuration(variant: str) -> dict[str, object]:
             "caption_projection_second_linear": False, "connector_num_attention_heads": _HEADS, "connector_attention_head_dim": _VIDEO_HEAD,
             "audio_connector_num_attention_heads": _HEADS, "audio_connector_attention_head_dim": _AUDIO_HEAD,
         }  # fmt: skip
+    if variant == "2.5":
+        transformer |= {"ff_bias": False, "use_keyframes_abs_pos_embedding": True}
     samplers = ("compress_space_res", "compress_time_res", "compress_all_res", "compress_all_res")
     blocks: list[object] = [["res_x", {"num_layers": 1}]]
     for sampler in samplers:
@@ -186,6 +190,8 @@ def _random_part(part: str, variant: Variant) -> nn.Module:
     made = make_part(part, variant)
     if "mel_stft.mel_basis" in made.state_dict():
         _set_transform(made)
+    if KEYFRAMES in dict(made.named_parameters()):  # zero as initialized, which would do nothing
+        torch.nn.init.normal_(made.get_parameter(KEYFRAMES), std=0.02)
     return made.eval().requires_grad_(False)
 
 
@@ -263,17 +269,26 @@ _SENTENCES: Final = (
 )
 
 
-def _write_text_encoder(folder: Path) -> None:
-    """A Gemma 3 language model of two layers with its own tokenizer."""
+def _write_text_encoder(folder: Path, variant: str) -> None:
+    """A Gemma 3 (2.5: Gemma 4) language model of two layers with its own tokenizer."""
     tokenizer = _tokenizer()
-    config = Gemma3TextConfig(
-        vocab_size=len(tokenizer), hidden_size=_WIDTH, intermediate_size=2 * _WIDTH, num_hidden_layers=_GEMMA_LAYERS, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, max_position_embeddings=TEXT_LENGTH, sliding_window=TEXT_LENGTH,
-        layer_types=["sliding_attention", "full_attention"], pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    common = {
+        "vocab_size": len(tokenizer), "hidden_size": _WIDTH, "intermediate_size": 2 * _WIDTH, "num_hidden_layers": _GEMMA_LAYERS,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": TEXT_LENGTH,
+        "sliding_window": TEXT_LENGTH, "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    if variant == "2.5":  # as published: layers of full attention have larger heads, and keys for values
+        config: Gemma3TextConfig | Gemma4UnifiedTextConfig = Gemma4UnifiedTextConfig(
+            **common, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True
+        )
+    else:
+        config = Gemma3TextConfig(**common, query_pre_attn_scalar=16)
     with without_progress():
-        Gemma3TextModel(config).to(torch.bfloat16).save_pretrained(folder)
+        model = gemma_model(config)
+        for layer in model.layers if variant == "2.5" else ():
+            layer.layer_scalar.fill_(0.5)
+        model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -2,11 +2,12 @@
 
 Special here: a stream that is not in the state is neither computed nor needed in memory, so training on video alone or on sound
 alone runs the same code over a model whose other modules were deleted. The modulation of the cross-modal attention follows the
-model's makers: scale and shift from a stream's own timestep (per token where tokens are given clean), the gate from the other
-stream's sigma. diffusers' `forward` offers only one of the two for both.
+model's makers: scale and shift from a stream's own timestep (0 for tokens that are given clean), the gate from the other stream's
+sigma. diffusers' `forward` offers only one of the two for both. A sample has two timesteps at most, its own and 0, so modulation is
+computed for these and spread over the tokens where it is used: no (B, S, N·D) tensor exists, 300 MB a sample at 6,144 tokens.
 
 Dimensions: B samples, S tokens of one stream, D channels of that stream, C latent channels, T text tokens, N modulation vectors,
-H attention heads, r half the channels of a head.
+t timesteps (1, or 2 where tokens are given clean: its own, then 0), H attention heads, r half the channels of a head.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 from tuner.interfaces.blocks import Aligned, BlockState, TokenStream
 from tuner.interfaces.family import Batch, Noise, Prediction, StreamBatch
+from tuner_ltxvideo2.geometry import Grid
 
-Grid = tuple[int, int, int]
 Rotary = tuple[Tensor, Tensor]
+TableKey = tuple[Grid, Grid | None, float, str]
 
 
 @dataclass(frozen=True)
@@ -115,48 +117,56 @@ def text_widths(model: Any, streams: Sequence[str]) -> dict[str, int]:
 
 # --- positions ---------------------------------------------------------------------------------------------------
 class RotaryTables:
-    """Rotary tables (cos, sin), fp32, built once per rotary module, grid, frame rate and device.
+    """Rotary tables (cos, sin), fp32, built once per rotary module, grids, frame rate and device.
 
     Holds the `capacity` most recently used tables of each module: at 6,144 tokens one of video takes 100 MB.
     """
 
     def __init__(self, capacity: int = 2) -> None:
         self.capacity = capacity
-        self._tables: WeakKeyDictionary[nn.Module, OrderedDict[tuple[Grid, float, str], Rotary]] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[nn.Module, OrderedDict[TableKey, Rotary]] = WeakKeyDictionary()
 
     def for_batch(
-        self, model: nn.Module, side: Side, grid: Grid, frame_rates: Sequence[float], device: torch.device, *, cross: bool
+        self, model: nn.Module, side: Side, given: StreamBatch, frame_rates: Sequence[float], device: torch.device, *, cross: bool
     ) -> Rotary:
         """Tables for one stream, one sample each: (B, H, S, r) split or (B, S, D) interleaved. `cross`: of the cross-modal attention."""
         rates = frame_rates if side is VIDEO else [0.0] * len(frame_rates)  # sound has its own clock
-        each = [self._for_sample(model, side, grid, rate, device, cross) for rate in rates]
+        each = [self._for_sample(model, side, (given.grid, given.extra_grid, rate, str(device)), cross) for rate in rates]
         if len(set(rates)) == 1:  # a view for all samples: diffusers' processor wants a full batch dimension
             cos, sin = each[0]
             return cos.expand(len(rates), *cos.shape[1:]), sin.expand(len(rates), *sin.shape[1:])
         return torch.cat([cos for cos, _ in each]), torch.cat([sin for _, sin in each])
 
-    def _for_sample(self, model: nn.Module, side: Side, grid: Grid, rate: float, device: torch.device, cross: bool) -> Rotary:
+    def _for_sample(self, model: nn.Module, side: Side, key: TableKey, cross: bool) -> Rotary:
         positions = side.of(model, "rope")
         rope = getattr(model, side.cross_rope) if cross else positions
         kept = self._tables.setdefault(rope, OrderedDict())
-        key = (grid, rate, str(device))
         if key not in kept:
             with torch.no_grad():
-                coordinates = _coordinates(positions, side, grid, rate, device)
-                kept[key] = rope(coordinates[:, :1] if cross else coordinates, device=device)  # across modalities only time has meaning
+                coordinates = token_coordinates(positions, side, *key)
+                # across modalities only time has meaning
+                kept[key] = rope(coordinates[:, :1] if cross else coordinates, device=coordinates.device)
             while len(kept) > self.capacity:
                 kept.popitem(last=False)
         kept.move_to_end(key)
         return kept[key]
 
 
-def _coordinates(rope: Any, side: Side, grid: Grid, rate: float, device: torch.device) -> Tensor:
-    """Bounds of each token, (1, 3 or 1, S, 2): seconds, and pixels for video."""
-    if side is VIDEO:
-        coordinates: Tensor = rope.prepare_video_coords(1, *grid, device, fps=rate)
-    else:
-        coordinates = rope.prepare_audio_coords(1, grid[0], device)
-    return coordinates
+def token_coordinates(rope: Any, side: Side, grid: Grid, extra: Grid | None, rate: float, device: torch.device | str) -> Tensor:
+    """Bounds of each token, (1, 3 or 1, S, 2) fp32: seconds, and pixels for video. `extra`: the grid of a reference clip behind it.
+
+    A reference covers the same picture however small it is: its rows and columns are stretched to the picture's own.
+    """
+    if side is not VIDEO:
+        sound: Tensor = rope.prepare_audio_coords(1, grid[0], torch.device(device))
+        return sound
+    coordinates: Tensor = rope.prepare_video_coords(1, *grid, torch.device(device), fps=rate)
+    if extra is None:
+        return coordinates
+    reference: Tensor = rope.prepare_video_coords(1, *extra, torch.device(device), fps=rate)
+    for axis in (1, 2):
+        reference[:, axis] *= grid[axis] / extra[axis]
+    return torch.cat([coordinates, reference], dim=2)
 
 
 # --- before the blocks -------------------------------------------------------------------------------------------
@@ -176,13 +186,29 @@ def enter(model: nn.Module, batch: Batch, noise: Noise, tables: RotaryTables) ->
         tokens = given.latents if given.clean else noise.streams[side.name].noisy
         dtype = side.of(model, "time_embed").linear.weight.dtype
         hidden = side.of(model, "proj_in")(tokens.to(dtype))
-        aligned = _timed(model, side, sigmas[side.name], given.conditioned, dtype, cross)
-        aligned |= _placed(model, side, given.grid, batch.frame_rate, tokens.device, tables, cross)
-        streams[side.name] = TokenStream(hidden, aligned, given.grid, protected=given.conditioned)
+        if side is VIDEO and hasattr(model, "keyframes_abs_pos_embedding"):
+            hidden = _mark_first_frame(model, hidden, given.grid)
+        aligned = _placed(model, side, given, batch.frame_rate, tokens.device, tables, cross)
+        conditioned = None if given.clean or given.conditioned is None else given.conditioned.to(tokens.device)
+        if conditioned is not None:
+            aligned["clean"] = Aligned(conditioned[..., None], (1,))
+        protected = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if given.clean else conditioned
+        streams[side.name] = TokenStream(hidden, aligned, given.grid, protected=protected, extra_tokens=given.extra_tokens)
+        shared |= _timed(model, side, sigmas[side.name], conditioned is not None, dtype, cross)
         shared |= _per_sample(model, side, batch.text[side.name].to(tokens.device, dtype), sigmas, dtype)
     if cross and (present := _both_present(batch.streams)) is not None:
         shared["cross_present"] = present.to(streams[VIDEO.name].hidden.device)[:, None, None]
     return BlockState(streams, shared)
+
+
+def _mark_first_frame(model: Any, hidden: Tensor, grid: Grid) -> Tensor:
+    """Adds 2.5's mark to the tokens that stand for one picture instead of eight: the first latent frame's, whatever is trained.
+
+    The reference implementation does so in every pass; diffusers leaves the mask to its caller.
+    """
+    marked = grid[1] * grid[2]
+    mark = model.keyframes_abs_pos_embedding.to(hidden.dtype)
+    return torch.cat([hidden[:, :marked] + mark, hidden[:, marked:]], dim=1)
 
 
 def _sigma(given: StreamBatch, sigma: Tensor) -> Tensor:
@@ -196,40 +222,32 @@ def _timestep(model: Any, sigma: Tensor) -> Tensor:
     return timestep
 
 
-def _timed(model: nn.Module, side: Side, sigma: Tensor, conditioned: Tensor | None, dtype: torch.dtype, cross: bool) -> dict[str, Aligned]:
-    """Modulation from a stream's own timestep: (B, 1, N·D), or (B, S, N·D) where some tokens are given clean."""
+def _timed(model: nn.Module, side: Side, sigma: Tensor, both: bool, dtype: torch.dtype, cross: bool) -> dict[str, Tensor]:
+    """Modulation from a stream's own timestep, (B, t, N·D), and the embedded timestep, (B, t, D). `both`: timestep 0 as well."""
     timestep = _timestep(model, sigma)
-    modulation, time = _embed_timestep(side.of(model, "time_embed"), timestep, conditioned, dtype)
-    aligned = {"modulation": Aligned(modulation, (1,)), "time": Aligned(time, (1,))}
+    values, time = _embed_timestep(side.of(model, "time_embed"), timestep, dtype, both)
+    shared = {f"{side.name}.modulation": values, f"{side.name}.time": time}
     if cross:
-        values, _ = _embed_timestep(getattr(model, side.cross_embedding), timestep, conditioned, dtype)
-        aligned["cross_modulation"] = Aligned(values, (1,))
-    return aligned
+        shared[f"{side.name}.cross_modulation"], _ = _embed_timestep(getattr(model, side.cross_embedding), timestep, dtype, both)
+    return shared
 
 
-def _embed_timestep(embedding: nn.Module, timestep: Tensor, conditioned: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Modulation vectors (B, 1 or S, N·D) and embedded timestep (B, 1 or S, D); timestep 0 for conditioned tokens.
-
-    A sample has only two distinct timesteps, so two are embedded and spread over the tokens.
-    """
+def _embed_timestep(embedding: nn.Module, timestep: Tensor, dtype: torch.dtype, both: bool = False) -> tuple[Tensor, Tensor]:
+    """Modulation vectors (B, t, N·D) and embedded timestep (B, t, D)."""
     count = timestep.shape[0]
-    values, embedded = (part[:, None] for part in embedding(timestep, batch_size=count, hidden_dtype=dtype))
-    if conditioned is None:
-        return values, embedded
-    clean_values, clean_embedded = (
-        part[:, None] for part in embedding(torch.zeros_like(timestep), batch_size=count, hidden_dtype=dtype)
-    )
-    clean = conditioned.to(timestep.device)[..., None]
-    return torch.where(clean, clean_values, values), torch.where(clean, clean_embedded, embedded)
+    given = (timestep, torch.zeros_like(timestep)) if both else (timestep,)
+    # One call each, so that a sample's values do not depend on whether another token is given clean.
+    parts = [embedding(each, batch_size=count, hidden_dtype=dtype) for each in given]
+    return torch.stack([values for values, _ in parts], dim=1), torch.stack([embedded for _, embedded in parts], dim=1)
 
 
 def _placed(
-    model: nn.Module, side: Side, grid: Grid, rates: Sequence[float], device: torch.device, tables: RotaryTables, cross: bool
+    model: nn.Module, side: Side, given: StreamBatch, rates: Sequence[float], device: torch.device, tables: RotaryTables, cross: bool
 ) -> dict[str, Aligned]:
     """Rotary tables with their token dimension."""
     aligned: dict[str, Aligned] = {}
     for name, is_cross in (("rope", False), ("cross_rope", True)) if cross else (("rope", False),):
-        for part, table in zip(("cos", "sin"), tables.for_batch(model, side, grid, rates, device, cross=is_cross), strict=True):
+        for part, table in zip(("cos", "sin"), tables.for_batch(model, side, given, rates, device, cross=is_cross), strict=True):
             aligned[f"{name}_{part}"] = Aligned(table, (2,) if table.ndim == 4 else (1,))
     return aligned
 
@@ -239,13 +257,13 @@ def _per_sample(model: Any, side: Side, text: Tensor, sigmas: Mapping[str, Tenso
     shared: dict[str, Tensor] = {}
     shared[f"{side.name}.text"] = side.of(model, "caption_projection")(text) if model.config.use_prompt_embeddings else text
     if hasattr(model, side.prefix + "prompt_adaln"):  # driven by the stream's sigma, never by a conditioned token's 0
-        prompt, _ = _embed_timestep(side.of(model, "prompt_adaln"), _timestep(model, sigmas[side.name]), None, dtype)
+        prompt, _ = _embed_timestep(side.of(model, "prompt_adaln"), _timestep(model, sigmas[side.name]), dtype)
         shared[f"{side.name}.prompt"] = prompt
     others = [sigma for name, sigma in sigmas.items() if name != side.name]
     if others:
         config = model.config
         factor = float(config.cross_attn_timestep_scale_multiplier) / float(config.timestep_scale_multiplier)
-        gate, _ = _embed_timestep(getattr(model, side.cross_gate), _timestep(model, others[0]) * factor, None, dtype)
+        gate, _ = _embed_timestep(getattr(model, side.cross_gate), _timestep(model, others[0]) * factor, dtype)
         shared[f"{side.name}.cross_gate"] = gate
     return shared
 
@@ -262,7 +280,7 @@ def _both_present(streams: Mapping[str, StreamBatch]) -> Tensor | None:
 def call_block(block: nn.Module, state: BlockState) -> BlockState:
     """One transformer block over the streams of `state`: self attention, text, the other stream, feed-forward. Pure."""
     sides = [side for side in SIDES if side.name in state.streams]
-    vectors = {side.name: _vectors(side.of(block, "scale_shift_table"), state.streams[side.name], "modulation") for side in sides}
+    vectors = {side.name: _vectors(side.of(block, "scale_shift_table"), state, side, "modulation") for side in sides}
     hidden = {name: stream.hidden for name, stream in state.streams.items()}
     for side in sides:
         hidden[side.name] = _attend_self(block, side, state.streams[side.name], hidden[side.name], vectors[side.name])
@@ -271,14 +289,24 @@ def call_block(block: nn.Module, state: BlockState) -> BlockState:
     if len(sides) == len(SIDES):
         hidden |= _attend_across(block, state, hidden)
     for side in sides:
-        hidden[side.name] = _feed_forward(block, side, hidden[side.name], vectors[side.name])
+        hidden[side.name] = _feed_forward(block, side, state.streams[side.name], hidden[side.name], vectors[side.name])
     return state.with_hidden(hidden)
 
 
-def _vectors(table: Tensor, stream: TokenStream, name: str) -> tuple[Tensor, ...]:
-    """N modulation vectors (B, 1 or S, D): the block's own table (N, D) plus the timestep's share."""
-    embedded = stream.aligned[name].tensor
+def _vectors(table: Tensor, state: BlockState, side: Side, name: str) -> tuple[Tensor, ...]:
+    """N modulation vectors (B, t, D): the block's own table (N, D) plus the timestep's share."""
+    embedded = state.shared[f"{side.name}.{name}"]
     return (table + embedded.reshape(*embedded.shape[:2], *table.shape)).unbind(dim=2)
+
+
+def _spread(vector: Tensor, stream: TokenStream) -> Tensor:
+    """(B, t, D) -> (B, 1 or S, D): tokens that are given clean take the vector of timestep 0."""
+    clean = stream.aligned.get("clean")
+    return vector if clean is None else torch.where(clean.tensor, vector[:, 1:], vector[:, :1])
+
+
+def _modulate(normed: Tensor, scale: Tensor, shift: Tensor, stream: TokenStream) -> Tensor:
+    return normed * _spread(1 + scale, stream) + _spread(shift, stream)
 
 
 def _rotary(stream: TokenStream, name: str) -> Rotary:
@@ -295,8 +323,8 @@ def _attend(
 
 def _attend_self(block: nn.Module, side: Side, stream: TokenStream, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
     shift, scale, gate = vectors[:3]
-    normed = side.of(block, "norm1")(hidden) * (1 + scale) + shift
-    return hidden + _attend(side.of(block, "attn1"), normed, query=_rotary(stream, "rope")) * gate
+    normed = _modulate(side.of(block, "norm1")(hidden), scale, shift, stream)
+    return hidden + _attend(side.of(block, "attn1"), normed, query=_rotary(stream, "rope")) * _spread(gate, stream)
 
 
 def _attend_text(block: Any, side: Side, state: BlockState, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
@@ -311,7 +339,8 @@ def _attend_text(block: Any, side: Side, state: BlockState, hidden: Tensor, vect
         text = text * (1 + text_scale) + text_shift
     if len(vectors) == 9:
         shift, scale, gate = vectors[6:]
-        return hidden + _attend(side.of(block, "attn2"), normed * (1 + scale) + shift, text) * gate
+        stream = state.streams[side.name]
+        return hidden + _attend(side.of(block, "attn2"), _modulate(normed, scale, shift, stream), text) * _spread(gate, stream)
     return hidden + _attend(side.of(block, "attn2"), normed, text)
 
 
@@ -319,13 +348,13 @@ def _attend_across(block: nn.Module, state: BlockState, hidden: Mapping[str, Ten
     """Both cross-modal attentions, each reading the tokens from before either. Tables are ordered (scale, shift), gate last."""
     normed = {side.name: getattr(block, side.cross_norm)(hidden[side.name]) for side in SIDES}
     vectors = {
-        side.name: _vectors(getattr(block, side.cross_table)[:4], state.streams[side.name], "cross_modulation") for side in SIDES
+        side.name: _vectors(getattr(block, side.cross_table)[:4], state, side, "cross_modulation") for side in SIDES
     }
     present = state.shared.get("cross_present")
     result: dict[str, Tensor] = {}
     for side, other, first in ((VIDEO, AUDIO, 0), (AUDIO, VIDEO, 2)):  # vectors 0 and 1: sound to picture; 2 and 3: picture to sound
         queries, keys = (
-            normed[name] * (1 + vectors[name][first]) + vectors[name][first + 1] for name in (side.name, other.name)
+            _modulate(normed[name], vectors[name][first], vectors[name][first + 1], state.streams[name]) for name in (side.name, other.name)
         )
         gate = getattr(block, side.cross_table)[4:] + state.shared[f"{side.name}.cross_gate"]
         attended = _attend(
@@ -337,22 +366,21 @@ def _attend_across(block: nn.Module, state: BlockState, hidden: Mapping[str, Ten
     return result
 
 
-def _feed_forward(block: nn.Module, side: Side, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
+def _feed_forward(block: nn.Module, side: Side, stream: TokenStream, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
     shift, scale, gate = vectors[3:6]
-    normed = side.of(block, "norm3")(hidden) * (1 + scale) + shift
-    changed: Tensor = hidden + side.of(block, "ff")(normed) * gate
+    normed = _modulate(side.of(block, "norm3")(hidden), scale, shift, stream)
+    changed: Tensor = hidden + side.of(block, "ff")(normed) * _spread(gate, stream)
     return changed
 
 
 # --- after the blocks --------------------------------------------------------------------------------------------
 def exit(model: nn.Module, state: BlockState) -> Prediction:
-    """Velocity (B, S, C) of each stream, in the weights' dtype."""
-    return Prediction({side.name: _predict(model, side, state.streams[side.name]) for side in SIDES if side.name in state.streams})
+    """Velocity (B, S, C) of each stream, in the weights' dtype; of tokens that were given it means nothing."""
+    return Prediction({side.name: _predict(model, side, state) for side in SIDES if side.name in state.streams})
 
 
-def _predict(model: nn.Module, side: Side, stream: TokenStream) -> Tensor:
-    time = stream.aligned["time"].tensor
-    shift, scale = (side.of(model, "scale_shift_table") + time[:, :, None]).unbind(dim=2)
-    normed = side.of(model, "norm_out")(stream.hidden) * (1 + scale) + shift
-    velocity: Tensor = side.of(model, "proj_out")(normed)
+def _predict(model: nn.Module, side: Side, state: BlockState) -> Tensor:
+    stream = state.streams[side.name]
+    shift, scale = (side.of(model, "scale_shift_table") + state.shared[f"{side.name}.time"][:, :, None]).unbind(dim=2)
+    velocity: Tensor = side.of(model, "proj_out")(_modulate(side.of(model, "norm_out")(stream.hidden), scale, shift, stream))
     return velocity

@@ -31,31 +31,57 @@ class Flavour:
     repository: str
     """Hub repository; empty: none is needed."""
     filename: str
-    """Pattern (as in a shell) of the one combined file in that repository."""
+    """Pattern (as in a shell) of the file in that repository that holds the transformer."""
     note: str
     """One line for people."""
-    refused: str = ""
-    """Why this version does not take it; empty: it does."""
+    distilled: bool = False
+    """Made to sample in 8 steps without guidance."""
     text_encoder: str = "Lightricks/LTX-2"
-    """Hub repository with folders `text_encoder` and `tokenizer`; 2.0 and 2.3 read the same Gemma 3."""
+    """Hub repository with folders `text_encoder` and `tokenizer`; empty: `companions` brings it. 2.0 and 2.3 read the same Gemma 3."""
+    companions: tuple[str, ...] = ()
+    """Patterns of the other files, one of each, where the networks are published in several files; the first that fits is taken."""
+    folder: str = ""
+    """In a repository in diffusers' layout with several transformers: the folder of this one."""
 
 
-_QUANTIZED: Final = "its weights are quantized and come with scales, which this version does not apply"
-_NEWER: Final = "LTX-2.5 needs a Gemma 4 text encoder and a diffusion decoder, which this version does not have"
+_LTX25: Final = "Lightricks/LTX-2.5"
+# The convolutional decoder is diffusers' own; the diffusion decoder's file holds the same encoder and no decoder that is built here.
+_LTX25_FILES: Final = ("vae/*video-vae-conv*.safetensors", "vae/*audio-vae*.safetensors", "text_encoders/gemma4*-bf16.safetensors")
 
 FLAVOURS: Final[Mapping[str, Flavour]] = {
     "dev": Flavour("Lightricks/LTX-2", "ltx-2-19b-dev.safetensors", "LTX-2.0, 19 B, bf16"),
+    "dev-fp8": Flavour("Lightricks/LTX-2", "ltx-2-19b-dev-fp8.safetensors", "LTX-2.0, stored in 8 bits: a smaller download"),
+    "dev-fp4": Flavour("Lightricks/LTX-2", "ltx-2-19b-dev-fp4.safetensors", "LTX-2.0, stored in 4 bits (NVFP4): the smallest download"),
+    "distilled": Flavour("Lightricks/LTX-2", "ltx-2-19b-distilled.safetensors", "LTX-2.0 distilled to 8 steps, bf16", distilled=True),
+    "distilled-fp8": Flavour(
+        "Lightricks/LTX-2", "ltx-2-19b-distilled-fp8.safetensors", "LTX-2.0 distilled to 8 steps, stored in 8 bits", distilled=True
+    ),
     "2.3-dev": Flavour("Lightricks/LTX-2.3", "ltx-2.3-22b-dev.safetensors", "LTX-2.3, bf16"),
     # Republished as -1.1: the last name in order is the newest.
-    "2.3-distilled": Flavour("Lightricks/LTX-2.3", "ltx-2.3-22b-distilled*.safetensors", "LTX-2.3 distilled to 8 steps, bf16"),
+    "2.3-distilled": Flavour(
+        "Lightricks/LTX-2.3", "ltx-2.3-22b-distilled*.safetensors", "LTX-2.3 distilled to 8 steps, bf16", distilled=True
+    ),
+    "2.5-dev": Flavour(
+        _LTX25, "diffusion_models/ltx-2.5-22b-dev-transformer-bf16.safetensors", "LTX-2.5, bf16, in four files",
+        text_encoder="", companions=_LTX25_FILES, folder="transformer_full",
+    ),
+    "2.5-distilled": Flavour(
+        _LTX25, "diffusion_models/ltx-2.5-22b-distilled-transformer-bf16.safetensors", "LTX-2.5 distilled to 8 steps, bf16, in four files",
+        distilled=True, text_encoder="", companions=_LTX25_FILES,
+    ),
     "tiny": Flavour("", "", "the same architecture with four small random blocks, written into the cache folder; for trying things out"),
     "tiny-2.3": Flavour("", "", "the small random model in the architecture of 2.3"),
-    "dev-fp8": Flavour("Lightricks/LTX-2", "ltx-2-19b-dev-fp8.safetensors", "LTX-2.0 in 8 bits", refused=_QUANTIZED),
-    "dev-fp4": Flavour("Lightricks/LTX-2", "ltx-2-19b-dev-fp4.safetensors", "LTX-2.0 in 4 bits", refused=_QUANTIZED),
-    "2.5-dev": Flavour("Lightricks/LTX-2.5", "*dev*.safetensors", "LTX-2.5", refused=_NEWER),
-    "2.5-distilled": Flavour("Lightricks/LTX-2.5", "*distilled*.safetensors", "LTX-2.5 distilled", refused=_NEWER),
-}
+    "tiny-2.5": Flavour("", "", "the small random model in the architecture of 2.5"),
+}  # fmt: skip
 DEFAULT_FLAVOUR: Final = "dev"
+
+DISTILLED_STEPS: Final = 8
+
+
+def sampling_defaults(distilled: bool) -> dict[str, float]:
+    """Values that take the place of the validation keys' defaults: a distilled model samples in 8 steps without guidance."""
+    return {"validation_num_inference_steps": DISTILLED_STEPS, "validation_guidance": 1.0} if distilled else {}
+
 
 # What the released 2.0 file says; used only for a file without a word about itself whose shapes are exactly those of the release.
 _RELEASED: Final[Mapping[str, Any]] = {
@@ -86,7 +112,7 @@ def detect(metadata: Mapping[str, object], headers: Mapping[str, Headers]) -> Va
     """The variant, from a checkpoint's configuration (part -> config, as stored) and headers (part -> diffusers' name -> header).
 
     Parts stored in diffusers' layout bring diffusers' own arguments, which are taken as they are.
-    Raises `CheckpointError` for LTX-2.5, and where neither configuration nor shapes tell enough.
+    Raises `CheckpointError` where neither configuration nor shapes tell enough.
     """
     from tuner.interfaces.family import Variant
     from tuner_ltxvideo2 import autoencoders
@@ -125,23 +151,32 @@ def _table(metadata: Mapping[str, object], part: str) -> Mapping[str, Any]:
 
 
 def _version(metadata: Mapping[str, object], headers: Headers) -> str:
-    """The name of the variant, by what the transformer is made of; the number in the metadata only ever refuses."""
+    """The name of the variant: what the metadata says of a version, else what the transformer is made of."""
     config = _table(metadata, "transformer")
     feed_forward = "transformer_blocks.0.ff.net.2"
-    signs = {
-        "its metadata says so": str(metadata.get("model_version", "")).startswith("2.5"),
-        "its video feed-forward has no bias": f"{feed_forward}.weight" in headers and f"{feed_forward}.bias" not in headers,
-        "its configuration says ff_bias false": config.get("ff_bias") is False,
-        "it embeds keyframes": "keyframes_abs_pos_embedding" in headers or bool(config.get("use_keyframes_abs_pos_embedding")),
-    }
-    newer = ", ".join(sign for sign, seen in signs.items() if seen)
-    if newer:
-        raise CheckpointError(
-            f"this is an LTX-2.5 checkpoint ({newer}), which is not supported in this version: {_NEWER}",
-            remedy="use flavour dev, 2.3-dev or 2.3-distilled",
-        )
+    newest = (
+        str(metadata.get("model_version", "")).startswith("2.5"),
+        f"{feed_forward}.weight" in headers and f"{feed_forward}.bias" not in headers,
+        config.get("ff_bias") is False,
+        KEYFRAMES in headers or bool(config.get("use_keyframes_abs_pos_embedding")),
+    )
+    if any(newest):
+        return "2.5"
     gated = config.get("apply_gated_attention") or config.get("gated_attn") or "transformer_blocks.0.attn1.to_gate_logits.weight" in headers
     return "2.3" if gated or "prompt_adaln.linear.weight" in headers else "2.0"
+
+
+KEYFRAMES: Final = "keyframes_abs_pos_embedding"
+"""What 2.5 adds to tokens that stand for a single frame."""
+
+
+def check_decoder(variant: Variant) -> None:
+    """Raises `CheckpointError` where the video VAE's decoder is not one that pictures can be made with here."""
+    if variant.config.get("vae", {}).get("encoder_only"):
+        raise CheckpointError(
+            "the video VAE's file holds the diffusion decoder, which is not supported: training works, making samples does not",
+            where="vae", remedy="put ltx-2.5-video-vae-conv-bf16.safetensors beside it, or set validation_disable",
+        )  # fmt: skip
 
 
 def _released_or(config: Mapping[str, Any], headers: Headers) -> Mapping[str, Any]:
@@ -192,6 +227,9 @@ def _transformer(config: Mapping[str, Any], headers: Headers) -> dict[str, objec
         "cross_attn_timestep_scale_multiplier": config.get("av_ca_timestep_scale_multiplier", 1),
         "gated_attn": gated,
         "audio_gated_attn": gated,
+        "ff_bias": "transformer_blocks.0.ff.net.2.bias" in headers,
+        "audio_ff_bias": "transformer_blocks.0.audio_ff.net.2.bias" in headers,
+        "use_keyframes_abs_pos_embedding": KEYFRAMES in headers,
         "cross_attn_mod": modulated,
         "audio_cross_attn_mod": modulated,
         "use_prompt_adaln_single": not modulated or "prompt_adaln.linear.weight" in headers,

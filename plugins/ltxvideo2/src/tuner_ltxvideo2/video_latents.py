@@ -8,61 +8,80 @@ Dimensions: B clips, C latent channels (128), F H W frames, rows, columns: of pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuner.errors import DataError
 from tuner.interfaces.encoders import LatentEncoder, Record, Source, VideoClip
 from tuner.interfaces.family import Variant
+from tuner.interfaces.memory import PartMemory
 from tuner.interfaces.services import WeightSource
-from tuner_ltxvideo2.loading import build_part
+from tuner_ltxvideo2.latents import Networks
 from tuner_ltxvideo2.options import LTX2Options
+from tuner_ltxvideo2.vae_chunks import FRAME_STEP, patch_convolutions, roll_encoder
 
-FRAME_STEP: Final = 8
 SIZE_STEP: Final = 32
 VERSION: Final = 1
 _TILE: Final = 16
 """Latent rows or columns (512 pixels) of a tile, diffusers' own size; larger pictures are decoded by tiles."""
+_SCALED_AT_ONCE: Final = 16
+SAVINGS: Final[Mapping[str, Callable[[Any], None]]] = {
+    "vae_enable_slicing": lambda vae: vae.enable_slicing(),
+    "vae_enable_patch_conv": lambda vae: patch_convolutions(vae.encoder),
+    "vae_enable_temporal_roll": roll_encoder,
+    "vae_enable_tiling": lambda vae: vae.enable_tiling(),
+}
+"""Ways to encode in less memory and how a loaded VAE is told, in the order in which they are tried: the last one makes other latents."""
 
 
-class VideoLatentEncoder(LatentEncoder):
+class VideoLatentEncoder(Networks, LatentEncoder):
     """Clips uint8 (F, H, W, 3) -> {"latents": (C, F, H, W)}, normalised, in `dtype`."""
 
     name: ClassVar[str] = "video"
     reads: ClassVar[Literal["video", "audio", "text"]] = "video"
 
-    def __init__(self, source: WeightSource, variant: Variant, dtype: torch.dtype, options: LTX2Options | None = None) -> None:
-        self._source = source
-        self._variant = variant
-        self._dtype = dtype
-        self._options = options or LTX2Options()
-        self._vae: Any = None
-        self._device = torch.device("cpu")
+    def __init__(
+        self, source: WeightSource, variant: Variant, dtype: torch.dtype, options: LTX2Options | None = None,
+        memory: PartMemory | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(source, variant, dtype, memory)
+        self._given = (0, 0, 0)
+        """Clips, frames and longer side of what was encoded last."""
+        self._savings = [key for key in SAVINGS if getattr(options or LTX2Options(), key)]
 
     def settings(self) -> Mapping[str, str | int | float | bool]:
-        # Slicing changes no value; tiling blends, so its latents are others.
+        # The other savings move the last bits of a value at most; tiling blends, so its latents are others.
         return {
             "vae": self._source.fingerprint("vae"),
             "dtype": str(self._dtype),
-            "tiling": self._options.vae_enable_tiling,
+            "tiling": "vae_enable_tiling" in self._savings,
             "version": VERSION,
         }
 
     def load(self, device: torch.device) -> None:
-        self._device = device
-        self._vae = build_part(self._source, "vae", self._variant, dtype=self._dtype, device=device)
-        if self._options.vae_enable_tiling:
-            self._vae.enable_tiling()
-        if self._options.vae_enable_slicing:
-            self._vae.enable_slicing()
+        super().load(device)
+        vae = self._open("vae", _without("decoder"))
+        for key in self._savings:
+            SAVINGS[key](vae)
 
-    def unload(self) -> None:
-        self._vae = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+    def reduce_memory(self) -> str | None:
+        """The next of `SAVINGS` that helps clips such as those that were given last; tiling, the last, makes `settings` others."""
+        key = next((key for key in SAVINGS if key not in self._savings and self._helps(key)), None)
+        if key is None:
+            return None
+        self._savings.append(key)
+        if "vae" in self._loaded:
+            SAVINGS[key](self._network("vae"))
+        return f"{key} is switched on" + (", which makes other latents" if key == "vae_enable_tiling" else "")
+
+    def _helps(self, key: str) -> bool:
+        clips, frames, side = self._given
+        if key == "vae_enable_slicing":
+            return clips > 1
+        return side > _TILE * SIZE_STEP if key == "vae_enable_tiling" else frames > 1
 
     @torch.no_grad()
     def encode(self, sources: Sequence[Source]) -> list[Record]:
@@ -70,46 +89,59 @@ class VideoLatentEncoder(LatentEncoder):
         assert len(clips) == len(sources), "this encoder reads pictures"
         for clip in clips:
             check_clip(clip)
-        pictures = torch.stack([clip.frames for clip in clips]).to(self._device)
-        scaled = (pictures.to(torch.float32) / 127.5 - 1.0).permute(0, 4, 1, 2, 3).to(self._dtype)
-        latents = self._vae.encode(scaled).latent_dist.mode()
-        normalised = normalise(self._vae, latents).to(self._dtype).cpu()
+        frames, height, width = clips[0].frames.shape[:3]
+        self._given = len(clips), frames, max(height, width)
+        vae = self._network("vae")
+        latents = vae.encode(scaled(clips, self._dtype, self._device)).latent_dist.mode()
+        normalised = normalise(vae, latents).to(self._dtype).cpu()
         return [Record({"latents": item.clone()}) for item in normalised]
 
 
-class VideoDecoder:
+class VideoDecoder(Networks):
     """Normalised latents to pictures; large ones by tiles."""
 
-    def __init__(self, source: WeightSource, variant: Variant, dtype: torch.dtype) -> None:
-        self._source = source
-        self._variant = variant
-        self._dtype = dtype
-        self._vae: Any = None
-        self._device = torch.device("cpu")
+    def __init__(
+        self, source: WeightSource, variant: Variant, dtype: torch.dtype, options: LTX2Options | None = None,
+        memory: PartMemory | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(source, variant, dtype, memory)
+        self._options = options or LTX2Options()
 
     def load(self, device: torch.device) -> None:
-        """Brings the VAE onto `device`; its encoder is not read."""
-        self._device = device
-        self._vae = build_part(
-            self._source, "vae", self._variant, dtype=self._dtype, device=device, skip=lambda name: name.startswith("encoder.")
-        )
-        del self._vae.encoder
-
-    def unload(self) -> None:
-        """Frees it."""
-        self._vae = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        super().load(device)
+        vae = self._open("vae", _without("encoder"))
+        if self._options.vae_enable_patch_conv:
+            patch_convolutions(vae.decoder)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, frame_rate: float = 25.0) -> VideoClip:
         """(1, C, F, H, W) normalised -> clip of 8(F - 1) + 1 frames, 32H x 32W pixels, on the CPU."""
+        vae = self._network("vae")
         if max(latents.shape[-2:]) > _TILE:
             height, width = (SIZE_STEP * tile_stride(size) for size in latents.shape[-2:])
-            self._vae.enable_tiling(tile_sample_stride_height=height, tile_sample_stride_width=width)
-        raw = denormalise(self._vae, latents.to(self._device)).to(self._dtype)
-        pictures = self._vae.decode(raw, return_dict=False)[0][0].permute(1, 2, 3, 0).float()
+            vae.enable_tiling(tile_sample_stride_height=height, tile_sample_stride_width=width)
+        raw = denormalise(vae, latents.to(self._device)).to(self._dtype)
+        pictures = vae.decode(raw, return_dict=False)[0][0].permute(1, 2, 3, 0).float()
         return VideoClip(((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu(), frame_rate)
+
+
+def _without(half: str) -> Callable[[nn.Module], None]:
+    """Takes the half of the VAE away that is not used, before its weights are read."""
+    return lambda vae: delattr(vae, half)
+
+
+def scaled(clips: Sequence[VideoClip], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Equally shaped clips, uint8 (F, H, W, 3) on the CPU -> (B, 3, F, H, W) in [-1, 1].
+
+    The float32 that this is computed in exists for a few frames at a time: for a clip it would take more than the first layer does.
+    """
+    frames, height, width = clips[0].frames.shape[:3]
+    result = torch.empty(len(clips), 3, frames, height, width, dtype=dtype, device=device)
+    for index, clip in enumerate(clips):
+        for start in range(0, frames, _SCALED_AT_ONCE):
+            pixels = clip.frames[start : start + _SCALED_AT_ONCE].to(device).to(torch.float32)
+            result[index, :, start : start + _SCALED_AT_ONCE] = pixels.div_(127.5).sub_(1.0).permute(3, 0, 1, 2)
+    return result
 
 
 def tile_stride(size: int) -> int:

@@ -1,15 +1,10 @@
-"""The keys that say where frozen weights live. None is acted on in this version: weights stay where they are computed with.
-
-Memory strategies change what a run costs and never what it computes, so a configuration that asks for one runs, with a notice.
-"""
+"""The keys that say where frozen weights live. They change what a run costs and never what it computes."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from tuner.config.options import Options, unsupported
-
-RESIDENT = "frozen weights stay on the training device"
+from tuner.config.options import Options, option
 
 
 class GroupOffloadOptions(Options):
@@ -17,23 +12,20 @@ class GroupOffloadOptions(Options):
 
     title: ClassVar[str] = "Group offload"
 
-    enable_group_offload: bool = unsupported(
-        help="Keep frozen weights in host memory and bring them group by group.", reason=RESIDENT, changes_results=False, default=False
+    enable_group_offload: bool = option(False, help="Keep the transformer's frozen weights in host memory and bring them group by group.")
+    group_offload_type: Literal["block_level", "leaf_level"] = option(
+        "block_level", help="Unit of a group: consecutive blocks, or single layers."
     )
-    group_offload_type: str = unsupported(
-        help="Unit of a group: `block_level` or `leaf_level`.", reason=RESIDENT, changes_results=False, default="block_level"
+    group_offload_blocks_per_group: int = option(1, help="How many blocks make a group, with `block_level`.", ge=1)
+    group_offload_use_stream: bool = option(False, help="Copy the next group beside the computation; takes memory for one group more.")
+    group_offload_to_disk_path: str = option(
+        "", help="Keep the groups in files in this folder in place of host memory.", metavar="FOLDER"
     )
-    group_offload_blocks_per_group: int = unsupported(help="Blocks in a group.", reason=RESIDENT, changes_results=False, default=1)
-    group_offload_use_stream: bool = unsupported(
-        help="Copy on a stream beside the computation.", reason=RESIDENT, changes_results=False, default=False
-    )
-    group_offload_to_disk_path: str = unsupported(
-        help="Keep the groups in this folder instead of host memory.", reason=RESIDENT, changes_results=False, default=""
-    )
-    group_offload_text_encoder: bool = unsupported(
-        help="The same for the text encoder.", reason=RESIDENT, changes_results=False, default=False
-    )
-    group_offload_vae: bool = unsupported(help="The same for the VAE.", reason=RESIDENT, changes_results=False, default=False)
+    group_offload_text_encoder: bool = option(False, help="The same for the text encoder.")
+    group_offload_vae: bool = option(False, help="The same for the VAE, layer by layer.")
+
+    def enabled(self) -> bool:
+        return self.enable_group_offload or self.group_offload_text_encoder or self.group_offload_vae
 
 
 class BlockSwapOptions(Options):
@@ -41,10 +33,13 @@ class BlockSwapOptions(Options):
 
     title: ClassVar[str] = "Block swap"
 
-    musubi_blocks_to_swap: int = unsupported(
-        help="How many blocks are kept in host memory.", reason=RESIDENT, changes_results=False, default=0
+    musubi_blocks_to_swap: int = option(
+        0, help="How many of the transformer's blocks are kept in host memory; 0 for none.", unit="blocks", ge=0
     )
-    musubi_block_swap_device: str = unsupported(help="Where those blocks are kept.", reason=RESIDENT, changes_results=False, default="cpu")
+    musubi_block_swap_device: str = option("cpu", help="Where those blocks are kept; the host (`cpu`) is the only place.")
+
+    def enabled(self) -> bool:
+        return self.musubi_blocks_to_swap > 0
 
 
 class RamTorchOptions(Options):
@@ -52,20 +47,21 @@ class RamTorchOptions(Options):
 
     title: ClassVar[str] = "RamTorch"
 
-    ramtorch: bool = unsupported(
-        help="Keep the transformer's linear layers in host memory.", reason=RESIDENT, changes_results=False, default=False
+    ramtorch: bool = option(False, help="Keep the transformer's linear layers in host memory and bring them one by one.")
+    ramtorch_text_encoder: bool = option(False, help="The same for the text encoder.")
+    ramtorch_vae: bool = option(False, help="The same for the VAE, convolutions included.")
+    ramtorch_target_modules: list[str] | str | None = option(
+        None, help="Name patterns (`*.attn1.*`) of the transformer's layers to keep there, a list or separated by commas; all when empty."
     )
-    ramtorch_text_encoder: bool = unsupported(help="The same for the text encoder.", reason=RESIDENT, changes_results=False, default=False)
-    ramtorch_vae: bool = unsupported(help="The same for the VAE.", reason=RESIDENT, changes_results=False, default=False)
-    ramtorch_target_modules: list[str] | str | None = unsupported(
-        help="Name patterns of the layers to keep there; all when empty.", reason=RESIDENT, changes_results=False
+    ramtorch_transformer_percent: float = option(
+        100.0, help="How much of the transformer's linear layers is kept there; the rest stays on the device.", unit="percent", ge=0, le=100
     )
-    ramtorch_transformer_percent: float = unsupported(
-        help="Share of the transformer's layers, in percent.", reason=RESIDENT, changes_results=False, default=100.0
+    ramtorch_text_encoder_percent: float = option(
+        100.0, help="How much of the text encoder's linear layers is kept there.", unit="percent", ge=0, le=100
     )
-    ramtorch_text_encoder_percent: float = unsupported(
-        help="Share of the text encoder's layers, in percent.", reason=RESIDENT, changes_results=False, default=100.0
-    )
+
+    def enabled(self) -> bool:
+        return self.ramtorch or self.ramtorch_text_encoder or self.ramtorch_vae
 
 
 class StartupOptions(Options):
@@ -73,7 +69,6 @@ class StartupOptions(Options):
 
     title: ClassVar[str] = "Start"
 
-    offload_during_startup: bool = unsupported(
-        help="Keep models in host memory while the cache is filled.",
-        reason="encoders are loaded one at a time and dropped before the transformer is loaded", changes_results=False, default=False,
+    offload_during_startup: bool = option(
+        True, help="Always so, whatever the value: encoders are loaded one at a time and dropped before the transformer is loaded."
     )

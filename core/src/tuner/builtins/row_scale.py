@@ -1,0 +1,37 @@
+"""Whole numbers of 8 bits times one scale a row, in one pass over memory, on a CUDA device.
+
+torch's product of an int8 and a float tensor converts element by element: on an H200 it moves 0.8 TB/s of the 4.8 there are. Imported
+where a quantized weight is first found on such a device; Triton comes with torch there.
+
+Dimensions: N rows, K columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_COLUMNS = 4096
+"""Of a row that one program converts: 16 bytes at a time for each of its threads."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scale_rows(values: Any, scales: Any, out: Any, columns: Any, BLOCK: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < columns
+    loaded = tl.load(values + row * columns + place, mask=inside)
+    scaled = loaded.to(tl.float32) * tl.load(scales + row).to(tl.float32)
+    tl.store(out + row * columns + place, scaled, mask=inside)
+
+
+def scale_rows(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """values (N, K) int8 times scale (N, 1), multiplied in float32 and rounded once to `dtype`; bitwise `torch.mul` into that dtype."""
+    rows, columns = values.shape
+    out = torch.empty((rows, columns), dtype=dtype, device=values.device)
+    _scale_rows[(rows, triton.cdiv(columns, _COLUMNS))](values, scale, out, columns, BLOCK=_COLUMNS)
+    return out

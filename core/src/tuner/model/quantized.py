@@ -1,0 +1,116 @@
+"""A linear layer whose frozen weight is stored in 8 or 4 bits, and dequantized anew for every product.
+
+Special here: autograd keeps nothing dequantized. Backward dequantizes again and reads the weight from the layer at that moment, so whoever
+moves weights between forward and backward only has to have the right ones in place when a block is walked back. The weight is a tensor
+subclass of the library that quantized it; its inner tensors are read as plain attributes, once a product, so nothing is dispatched
+through the subclass on the way and nothing waits for the device.
+
+Dimensions: N out, K in, B samples, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Expand = Callable[[Any, torch.dtype], Tensor]
+"""(quantized weight, dtype) -> a new plain tensor of its N·K values, row by row."""
+
+
+class QuantizedLinear(nn.Linear):
+    """Computes like `nn.Linear` with the dequantized weight, in the dtype of its input; the weight gets no gradient.
+
+    It is an `nn.Linear` that changed its class (see `become_quantized`), so every test for one holds.
+    """
+
+    expand: Expand
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, S, K) or (S, K) -> (..., N)."""
+        bias = self.bias
+        if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Product.apply(input, bias, self)  # type: ignore[no-any-return, no-untyped-call]
+        return functional.linear(input, self.dense(input.dtype), _cast(bias, input.dtype))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a new plain (N, K) tensor."""
+        # The shape is the layer's: to ask the weight for its own would be dispatched.
+        return self.expand(self.weight, dtype).view(self.out_features, self.in_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        # `.to(device)` piece by piece: the libraries would repack the whole weight for kernels of their own. A change of dtype leaves
+        # the weight alone, whose pieces mean nothing in another one.
+        weight = self._parameters["weight"]
+        assert weight is not None
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters["weight"] = weight
+        moved = map_pieces(weight, lambda piece: _same_dtype(piece, fn(piece)))
+        self._parameters["weight"] = nn.Parameter(moved, requires_grad=False)
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """x · W^T + b with a W that exists only while it is used."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(input, layer.dense(input.dtype), _cast(bias, input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        layer: QuantizedLinear = ctx.layer
+        to_input = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_input = gradient.matmul(layer.dense(gradient.dtype))
+        if ctx.needs_input_grad[1]:
+            to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(layer.bias.dtype)
+        return to_input, to_bias, None
+
+
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+
+
+def become_quantized(layer: nn.Linear, weight: Tensor, expand: Expand) -> QuantizedLinear:
+    """Turns `layer` into a `QuantizedLinear` in place; its former weight is free afterwards."""
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.__class__ = QuantizedLinear
+    assert isinstance(layer, QuantizedLinear)
+    layer.expand = expand
+    return layer
+
+
+# --- the pieces of a quantized weight ----------------------------------------------------------------------------
+def pieces(weight: Tensor) -> list[Tensor]:
+    """The plain tensors that `weight` is made of, in a fixed order; a plain tensor is its own only piece."""
+    if not is_traceable_wrapper_subclass(weight):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()
+    return [piece for name in names for piece in pieces(getattr(weight, name))]
+
+
+def map_pieces(weight: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same kind of tensor over `change`d pieces. Nested kinds are taken apart to the bottom."""
+    if not is_traceable_wrapper_subclass(weight):
+        return change(weight)
+    names, facts = weight.__tensor_flatten__()
+    changed = {name: map_pieces(getattr(weight, name), change) for name in names}
+    return type(weight).__tensor_unflatten__(changed, facts, weight.size(), weight.stride())  # type: ignore[attr-defined, no-any-return]
+
+
+def _same_dtype(before: Tensor, after: Tensor) -> Tensor:
+    return after if after.dtype == before.dtype else before.to(after.device)
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Bytes of a weight as it lies in memory, scales included."""
+    return sum(piece.numel() * piece.element_size() for piece in pieces(weight))

@@ -1,0 +1,316 @@
+"""Which settings fit a machine, before anything is loaded: every combination of residency, precision and checkpointing, with its cost.
+
+Special here: no strategy and no quantizer is known by name. Strategies say which settings are worth trying and what each takes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tuner.builtins.losses import FlowMatchingLoss
+from tuner.component import Component
+from tuner.config.settings import AdapterSettings, ModelSettings, TrainSettings
+from tuner.errors import ConfigError, EnvironmentProblem, PluginError, TunerError
+from tuner.interfaces.family import ClipShape, ModelFacts
+from tuner.interfaces.memory import MemoryPlan, MemoryStrategy, Quantizer
+from tuner.train import costs
+from tuner.train.costs import Job, Precision
+from tuner.train.footprint import Trained, measure
+from tuner.train.machine import GIB, RESERVE, SPARE, Machine, find_machine
+
+if TYPE_CHECKING:
+    from tuner.train.plan import ModelPlan, Plan
+
+log = logging.getLogger(__name__)
+
+ALIKE = 1.03
+"""Settings whose times differ by less than this factor are as fast as each other: the forecast knows no better."""
+LESS = 0.95
+"""Share of what did not fit that advice may take at most."""
+NEAR = 0.005
+"""Steps in which errors of precisions are told apart: of those in one step the first to be registered is offered."""
+UNTOLD = (TunerError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OSError, StopIteration)
+"""What a model, strategy or optimizer of anybody's may raise on the meta device. A forecast is a service: a run goes on without it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination of settings and what it costs. Bytes, seconds a step."""
+
+    residency: str
+    """What the strategy says of itself; "resident" without one."""
+    precision: str
+    checkpointing: str
+    """"none", "some" or "all"."""
+    keys: Mapping[str, object]
+    """All keys that make this row, with their values."""
+    peak: int
+    parts: Mapping[str, int]
+    """What the peak is made of."""
+    pinned: int
+    host: int
+    seconds: float
+    error: float
+    current: bool = False
+    """It is what the configuration says now."""
+    problem: str = ""
+    """Why it cannot be used at all."""
+    where: str = ""
+    """The keys concerned."""
+
+    def needs(self) -> int:
+        """Bytes of a device's memory that this takes, with what torch does not count."""
+        return int(self.peak * (1 + SPARE)) + RESERVE
+
+    def fits(self, machine: Machine) -> bool:
+        """Whether it can be used there."""
+        return not self.problem and self.needs() <= machine.memory
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+def rank(rows: Sequence[Row], machine: Machine) -> list[Row]:
+    """What fits first, then what is fastest, nearest to the unquantized weights, and moves least. Of the others what lacks least first."""
+
+    def order(row: Row) -> tuple[object, ...]:
+        if row.fits(machine):
+            return 0, round_time(row.seconds), row.error, row.host, row.peak
+        return (2 if row.problem else 1), row.needs(), row.error, row.seconds
+
+    return sorted(rows, key=order)
+
+
+def round_time(seconds: float) -> int:
+    """Equal for times that are as good as equal."""
+    return round(math.log(max(seconds, 1e-9)) / math.log(ALIKE))
+
+
+def rows(job: Job, machine: Machine) -> Iterator[Row]:
+    """Every combination worth trying, once; with the current settings if they are none of these."""
+    full = job.model.settings.get(ModelSettings).model_type == "full"
+    precisions = [costs.plain()] if full else worthwhile(job.model, job.facts)
+    held = current_strategy(job.model)
+    found = [
+        row(job, machine, strategy, keys, precision, checkpointing)
+        for strategy, keys in residencies(job)
+        for precision in precisions
+        for checkpointing in ("none", "all")
+    ]
+    marked = [replace(each, current=is_current(job.model, each)) for each in found]
+    yield from marked
+    if not any(each.current for each in marked):
+        yield replace(row(job, machine, held, {}, current_precision(job.model), costs.current_checkpointing(job.model)), current=True)
+
+
+def row(
+    job: Job, machine: Machine, strategy: MemoryStrategy | None, keys: Mapping[str, object], precision: Precision, checkpointing: str
+) -> Row:
+    """One combination."""
+    facts = costs.memory_facts(job, precision, checkpointing)
+    problems = list(strategy.supports(facts)) if strategy else []
+    plan = strategy.plan(facts) if strategy else MemoryPlan(sum(facts.block_bytes), 0, 0, 0, 0.0, "resident")
+    if strategy and not plan.device_bytes and not plan.host_bytes:
+        problems = [*problems, ConfigError("it does not say what it will take", where=strategy.name)]
+    step = costs.footprint(job, checkpointing)
+    parts = costs.peak_parts(job, step, plan, precision)
+    chosen = {**keys, "base_model_precision": precision.name, **checkpointing_keys(job.model, checkpointing)}
+    return Row(
+        residency=strategy.name if strategy else "resident", precision=precision.name, checkpointing=checkpointing, keys=chosen,
+        peak=sum(parts.values()), parts=parts, pinned=plan.pinned_bytes, host=plan.host_bytes,
+        seconds=costs.seconds(job, step, plan, precision, machine), error=precision.error,
+        problem=problems[0].message if problems else "", where=problems[0].where if problems else "",
+    )  # fmt: skip
+
+
+def is_current(model: ModelPlan, found: Row) -> bool:
+    """Whether the configuration says all that the row says."""
+    return all(model.settings.value(key) == value for key, value in found.keys.items())
+
+
+# --- residency ---------------------------------------------------------------------------------------------------
+def residencies(job: Job) -> Iterator[tuple[MemoryStrategy | None, Mapping[str, object]]]:
+    """A strategy (None: everything stays) and the keys that ask for it, those of all others switched off."""
+    components = job.model.registry.components("memory_strategy")
+    tried = [(component, factory, dict(keys)) for component in components if (factory := _factory(component)) is not None
+             for keys in factory.candidates(job.facts.blocks)]  # fmt: skip
+    switches = [(component.options, built.keys("transformer")) for component, factory, keys in tried
+                if (built := _built(job.model, component, factory, keys))]  # fmt: skip
+    off = {key: options.model_fields[key].default for options, keys in switches for key in keys}
+    off = {key: value for key, value in off.items() if job.model.settings.value(key) != value}
+    yield None, off
+    for component, factory, keys in tried:
+        if strategy := _built(job.model, component, factory, keys):
+            yield strategy, {**off, **keys}
+
+
+def _factory(component: Component) -> Any:
+    """The strategy's class; None where what it needs is not installed."""
+    try:
+        return component.load()
+    except PluginError:
+        return None
+
+
+def _built(model: ModelPlan, component: Component, factory: Any, keys: Mapping[str, object]) -> MemoryStrategy | None:
+    options = model.settings.get(component.options).model_copy(update=dict(keys))
+    try:
+        strategy: MemoryStrategy = factory(options, replace(model.context, device=torch.device("cuda")))
+    except TunerError:
+        return None
+    return strategy if "transformer" in strategy.parts() else None
+
+
+def current_strategy(model: ModelPlan) -> MemoryStrategy | None:
+    """The configured one, as it would be on a GPU."""
+    for component in model.registry.components("memory_strategy"):
+        wanted = model.settings.get(component.options).enabled()
+        if wanted and (factory := _factory(component)) and (strategy := _built(model, component, factory, {})):
+            return strategy
+    return None
+
+
+# --- precision and checkpointing ---------------------------------------------------------------------------------
+def worthwhile(model: ModelPlan, facts: ModelFacts) -> list[Precision]:
+    """The installed precisions, best first, each of which is smaller than all before it; and the current one."""
+    found = sorted((costs.probe(quantizer) for quantizer in _quantizers(model)), key=lambda precision: round(precision.error / NEAR))
+    kept, smallest = [costs.plain()], float(sum(costs.linear_bytes(facts, None, model.context.dtype)))
+    for precision in found:
+        size = sum(costs.linear_bytes(facts, precision.quantizer, model.context.dtype))
+        if size < 0.95 * smallest:
+            kept.append(precision)
+            smallest = size
+    now = model.settings.get(ModelSettings).base_model_precision
+    return kept + [precision for precision in found if precision.name == now and precision not in kept]
+
+
+def _quantizers(model: ModelPlan) -> Iterator[Quantizer]:
+    for component in model.registry.components("quantizer"):
+        try:
+            yield component.load()(model.settings.get(component.options), model.context)  # type: ignore[operator]
+        except (EnvironmentProblem, PluginError):
+            continue
+
+
+def current_precision(model: ModelPlan) -> Precision:
+    """What `base_model_precision` says."""
+    quantizer = model.memory.quantizers.get("transformer")
+    return costs.probe(quantizer) if quantizer else costs.plain()
+
+
+def checkpointing_keys(model: ModelPlan, checkpointing: str) -> dict[str, object]:
+    """The keys for it; the interval only where it is another one now."""
+    interval = model.settings.get(ModelSettings).gradient_checkpointing_interval
+    if checkpointing == "all" and interval != 1:
+        return {"gradient_checkpointing": True, "gradient_checkpointing_interval": 1}
+    return {"gradient_checkpointing": checkpointing != "none"}
+
+
+# --- the job -----------------------------------------------------------------------------------------------------
+def job_for(
+    model: ModelPlan, facts: ModelFacts, streams: Sequence[str], shape: ClipShape, *,
+    ways: Sequence[bool] = (True, False), world: int = 1, host: int = 0,
+) -> Job:  # fmt: skip
+    """Measures a step over clips of `shape`; `ways`: with all blocks recomputed, with none.
+
+    Raises `ConfigError` where the family does not allow a forecast.
+    """
+    settings, family = model.settings, model.family
+    train, adapters = settings.get(TrainSettings), settings.get(AdapterSettings)
+    full = settings.get(ModelSettings).model_type == "full"
+    asked = Trained(tuple(streams), shape, train.train_batch_size, None if full else adapters, train.seed)
+    terms = [FlowMatchingLoss(name, family.stream_weights().get(name, 1.0)) for name in family.learned_streams(streams)]
+    footprints = measure(family, model.source, facts, asked, terms, model.context.dtype, ways)
+    return Job(model, facts, footprints, costs.optimizer_cost(model), world, host)
+
+
+def job_of(plan: Plan, ways: Sequence[bool] = (True, False)) -> Job:
+    """A training run's, at its largest bucket."""
+    shape = largest(item.shape for item in plan.manifest.items)
+    return job_for(plan, plan.facts, plan.streams, shape, ways=ways, world=plan.world)
+
+
+def largest(shapes: Iterable[ClipShape]) -> ClipShape:
+    """The one with most tokens."""
+    return max(shapes, key=lambda shape: (shape.width * shape.height * shape.frames, shape.seconds))
+
+
+def predict(plan: Plan, machine: Machine) -> Row:
+    """The row of the configuration as it is."""
+    now = costs.current_checkpointing(plan)
+    job = job_of(plan, {"all": (True,), "none": (False,)}.get(now, (True, False)))
+    found = row(job, machine, current_strategy(plan), {}, current_precision(plan), now)
+    return replace(found, current=True)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A run's row, and the device it is for."""
+
+    row: Row
+    machine: Machine
+
+    def describe(self) -> str:
+        """One line for the plan."""
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in self.row.parts.items() if size)
+        return f"predicted {gib(self.row.needs())} of {gib(self.machine.memory)} on the device ({parts}), {self.row.seconds:.2g} s a step"
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Empty where it fits."""
+        if self.row.needs() <= self.machine.memory:
+            return ()
+        over = gib(self.row.needs() - self.machine.memory)
+        return (f"the device's memory is predicted to be {over} too small: {self.describe()}; `tuner plan` shows what fits",)
+
+
+def forecast(plan: Plan, machine: Machine | None = None) -> Predicted | None:
+    """What a run will take of its device, or of `machine`; None without a device of its own memory, or where that cannot be told."""
+    if machine is None and plan.context.device.type != "cuda":
+        return None
+    try:
+        machine = machine or find_machine(plan.context.device)
+        return Predicted(predict(plan, machine), machine)
+    except UNTOLD as error:
+        log.debug("no forecast: %s", error)
+        return None
+
+
+def remedy(plan: Plan, machine: Machine) -> str:
+    """Settings that should fit where the present ones did not, in words; empty where none do or that cannot be told."""
+    try:
+        ranked = rank(list(rows(job_of(plan), machine)), machine)
+        now = next(found for found in ranked if found.current)
+    except UNTOLD as error:
+        log.debug("no advice: %s", error)
+        return ""
+    # What did not fit took more than was forecast: what is to fit must take clearly less.
+    better = [found for found in ranked if found.fits(machine) and found.needs() < LESS * now.needs()]
+    return f"this would fit: {describe(better[0], plan, machine)}" if better else ""
+
+
+# --- in words ----------------------------------------------------------------------------------------------------
+def describe(found: Row, model: ModelPlan, machine: Machine) -> str:
+    """What to change for a row, and what it costs then."""
+    changes = ", ".join(f"{key} {told(value)}" for key, value in lines(found, model).items()) or "the settings as they are"
+    return f"{changes} (predicted {gib(found.needs())} of {gib(machine.memory)}, {found.seconds:.2g} s a step)"
+
+
+def lines(found: Row, model: ModelPlan) -> dict[str, object]:
+    """Of the row's keys those that the configuration has otherwise."""
+    return {key: value for key, value in found.keys.items() if model.settings.value(key) != value}
+
+
+def told(value: object) -> str:
+    """A value as it stands in config.json, without quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,196 @@
+"""What a combination of memory settings costs: bytes on the device when it is fullest, and seconds a step.
+
+Special here: no quantizer and no optimizer is known by name. Each is tried on a small matrix, which shows its error and what it keeps; what
+the step itself takes comes from `tuner.train.footprint`. Time is a bound: in each walk over the blocks the slowest of computing, memory
+traffic, launches and copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tuner.config.settings import ModelSettings, OptimizerSettings
+from tuner.interfaces.family import ModelFacts
+from tuner.interfaces.memory import MemoryFacts, MemoryPlan, Quantizer
+from tuner.model.quantized import stored_bytes
+from tuner.train.footprint import Footprint, LiveBytes, Work
+from tuner.train.machine import Machine
+from tuner.train.masters import BUCKET_ELEMENTS
+
+if TYPE_CHECKING:
+    from tuner.train.plan import ModelPlan
+
+NO_CHANGE: str = ModelSettings.model_fields["base_model_precision"].default
+"""The precision that leaves weights as they are."""
+WORKSPACE = 32 << 20
+"""What cuBLAS takes on the device for itself."""
+CHUNK = 1 << 24
+"""Low-precision optimizers update so many weights at once, with eight float32 numbers for each."""
+PROBE = 256
+"""Rows and columns of the matrix that quantizers and optimizers are tried on."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A way to hold the blocks' linear layers."""
+
+    name: str
+    quantizer: Quantizer | None
+    error: float
+    """Relative root mean square error of a normal matrix."""
+    expanding: float
+    """Bytes that live for a moment while a product is computed, per byte of the plain matrix."""
+
+
+@dataclass(frozen=True)
+class OptimizerCost:
+    """Bytes for each trained weight."""
+
+    low_precision: bool
+    """It steps the model's own weights; else float32 copies of those that are not float32."""
+    state: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, whatever the memory settings."""
+
+    model: ModelPlan
+    facts: ModelFacts
+    footprints: Mapping[bool, Footprint]
+    """Whether all blocks are recomputed -> what a step takes."""
+    optimizer: OptimizerCost
+    world: int = 1
+    host: int = 0
+    """Bytes of host memory to plan for; 0: what strategies find free."""
+
+
+def plain() -> Precision:
+    """The weights as they are."""
+    return Precision(NO_CHANGE, None, 0.0, 0.0)
+
+
+@torch.no_grad()
+def probe(quantizer: Quantizer) -> Precision:
+    """Quantizes a normal matrix and multiplies with it."""
+    layer = nn.Linear(PROBE, PROBE, bias=False, dtype=torch.bfloat16)
+    layer.weight.copy_(torch.randn(PROBE, PROBE, generator=torch.Generator().manual_seed(0)))
+    before = layer.weight.float()
+    quantizer.quantize(layer)
+    identity, live = torch.eye(PROBE, dtype=torch.bfloat16), LiveBytes()
+    with live:
+        after = layer(identity).t().float()
+    expanding = max(0, live.take_peak() - 2 * identity.numel()) / (2 * before.numel())
+    return Precision(quantizer.name, quantizer, float((after - before).norm() / before.norm()), expanding)
+
+
+def linear_bytes(facts: ModelFacts, quantizer: Quantizer | None, dtype: torch.dtype) -> tuple[int, ...]:
+    """Of the weights of each linear layer of a block, as they will lie in memory."""
+    shapes = [torch.Size(shape) for shape in facts.linear_shapes]
+    return tuple(quantizer.bytes_of(shape, dtype) if quantizer else shape.numel() * dtype.itemsize for shape in shapes)
+
+
+def memory_facts(job: Job, precision: Precision, checkpointing: str) -> MemoryFacts:
+    """What strategies decide on."""
+    facts, dtype = job.facts, job.model.context.dtype
+    before, after = linear_bytes(facts, None, dtype), linear_bytes(facts, precision.quantizer, dtype)
+    return MemoryFacts(
+        block_bytes=(facts.block_bytes - sum(before) + sum(after),) * facts.blocks,
+        full_finetuning=job.model.settings.get(ModelSettings).model_type == "full", quantizer=precision.name, checkpointing=checkpointing,
+        world_size=job.world, linear_bytes=after, linear_names=facts.linear_names, host_bytes=job.host,
+    )  # fmt: skip
+
+
+# --- checkpointing -----------------------------------------------------------------------------------------------
+def current_checkpointing(model: ModelPlan) -> str:
+    """Which blocks are recomputed now."""
+    settings = model.settings.get(ModelSettings)
+    return "none" if not settings.gradient_checkpointing else "all" if settings.gradient_checkpointing_interval == 1 else "some"
+
+
+def footprint(job: Job, checkpointing: str) -> Footprint:
+    """What a step takes; with some blocks recomputed it lies between all and none."""
+    every, none = job.footprints.get(True), job.footprints.get(False)
+    if checkpointing == "all" or none is None:
+        assert every is not None
+        return every
+    if checkpointing == "none" or every is None:
+        return none
+    kept = job.facts.blocks // job.model.settings.get(ModelSettings).gradient_checkpointing_interval
+    share = kept / job.facts.blocks
+    pairs = zip(_numbers(none.backward_work), _numbers(every.backward_work), strict=True)
+    back = Work(*(round(share * of_kept + (1 - share) * of_others) for of_kept, of_others in pairs))
+    return replace(every, kept=round(share * none.kept + (1 - share) * every.kept), backward_work=back)
+
+
+def _numbers(work: Work) -> tuple[int, int, int]:
+    return work.flops, work.kernels, work.moved
+
+
+# --- bytes and seconds -------------------------------------------------------------------------------------------
+def optimizer_cost(model: ModelPlan) -> OptimizerCost:
+    """Of the configured optimizer, from one step on a small matrix."""
+    settings = model.settings.get(OptimizerSettings)
+    component = model.registry.component("optimizer", settings.optimizer)
+    factory: Any = component.load()
+    low = bool(getattr(factory, "wants_low_precision", False))
+    weight = nn.Parameter(torch.zeros(PROBE, PROBE, dtype=model.context.dtype if low else torch.float32))
+    optimizer = factory([weight], settings.learning_rate, model.settings.get(component.options))
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return OptimizerCost(low, sum(stored_bytes(value) for value in states if value.numel() > 1) / weight.numel())
+
+
+def peak_parts(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision) -> dict[str, int]:
+    """What lies on the device when it is fullest."""
+    settings, count = job.model.settings.get(OptimizerSettings), step.trained_weights
+    masters = not job.optimizer.low_precision and step.width < 4
+    full = job.model.settings.get(ModelSettings).model_type == "full"
+    trained = (step.trained[1] if full else count) * step.width  # in full the blocks' own are the block weights
+    accumulated = (4 * count if masters else step.gradients) if settings.gradient_accumulation_steps > 1 else 0
+    largest = max((rows * columns for rows, columns in job.facts.linear_shapes), default=0) * job.model.context.dtype.itemsize
+    passing = step.peak + accumulated + round(precision.expanding * largest)
+    update = step.entered + updating(step, masters=masters, low_precision=job.optimizer.low_precision)
+    # What a captured graph works in stays reserved for it.
+    together = passing + update if job.model.settings.get(ModelSettings).cuda_graphs else max(passing, update)
+    return {
+        "block weights": plan.device_bytes, "other weights": step.outside, "trained weights": trained,
+        "optimizer": round(count * (job.optimizer.state + (4 if masters else 0))), "activations and gradients": together,
+        "workspace": WORKSPACE,
+    }  # fmt: skip
+
+
+def updating(step: Footprint, *, masters: bool, low_precision: bool) -> int:
+    """Gradients and temporaries of an optimizer step: gradients are summed up in float32 bucket by bucket, or weights stepped in chunks."""
+    count, width = step.trained_weights, step.width
+    if masters:
+        bucket = min(count, BUCKET_ELEMENTS)
+        return max(step.gradients + bucket * (width + 4), 4 * count + bucket * width)
+    return step.gradients + (32 * min(count, CHUNK) if low_precision else 0)
+
+
+def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, machine: Machine) -> float:
+    """Of an optimizer step: both walks over the blocks, each as long as the slowest of what runs side by side, and the rest."""
+    dtype, settings = job.model.context.dtype, job.model.settings
+    plainly, packed = (sum(linear_bytes(job.facts, quantizer, dtype)) for quantizer in (None, precision.quantizer))
+    expanded = plainly + packed if precision.quantizer else 0
+    graphs = settings.get(ModelSettings).cuda_graphs
+    # A block that is recomputed expands its weights twice on the way back.
+    products = 2 if step.backward_work.flops > 1.5 * step.forward_work.flops else 1
+    there, back = step.forward_work + Work(moved=expanded), step.backward_work + Work(moved=products * expanded)
+    walks = [_computing(work, machine, graphs=graphs) * step.blocks for work in (there, back)]
+    copies = (plan.forward_bytes / machine.link, (plan.traffic_bytes - plan.forward_bytes) / machine.link)
+    took = sum(max(pair) if plan.beside else sum(pair) for pair in zip(walks, copies, strict=True))
+    one = took + _computing(step.other_work, machine, graphs=graphs)
+    return one * settings.get(OptimizerSettings).gradient_accumulation_steps
+
+
+def _computing(work: Work, machine: Machine, *, graphs: bool) -> float:
+    there = work.flops / machine.flops + work.moved / machine.bandwidth
+    return there if graphs else max(there, work.kernels * machine.launch)

@@ -1,0 +1,30 @@
+"""What a sample is written as: an mp4 where there is a picture, else a wav."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tuner.data.media import decode_audio
+from tuner.errors import ConfigError
+from tuner.interfaces.encoders import AudioClip
+from tuner.interfaces.family import Generated
+from tuner.train.validate import write_sample
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_sound_alone_becomes_a_wav_with_every_sample(channels: int, tmp_path: Path) -> None:
+    samples = torch.rand(channels, 4800, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    written = write_sample(Generated(None, AudioClip(samples, 24000, 4800), {}), tmp_path / "step_1" / "sample.mp4")
+    assert written == tmp_path / "step_1" / "sample.wav"
+    assert [path.name for path in written.parent.iterdir()] == ["sample.wav"]
+    read = decode_audio(written, seconds=0.2, sample_rate=24000, channels=channels)
+    assert read is not None and read.valid_samples == 4800
+    torch.testing.assert_close(read.samples, samples.clamp(-1, 1), atol=1 / 32000, rtol=0)
+
+
+def test_nothing_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither picture nor sound"):
+        write_sample(Generated(None, None, {}), tmp_path / "sample.mp4")
