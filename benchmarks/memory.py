@@ -1,6 +1,6 @@
 """Streamed and quantized weights at real size: peak memory and time of tuner's own training step, beside the resident step and the bound.
 
-    python benchmarks/memory.py --rows head              # 832x480x17, batch 2; wants a GPU of 80 GB for the resident step
+    python benchmarks/memory.py --rows head,121f         # wants a GPU of 80 GB for the resident step
     python benchmarks/memory.py --size tiny --steps 2    # the same program on a CPU, to see that it runs; its times mean nothing
 
 The bound of a streamed step is max(forward, load) + max(backward, load): forward and backward are those of the resident step of the
@@ -25,25 +25,34 @@ import torch
 from plain import WORK, Shape
 from product import ProductStep, Setup
 from step import GIB, WARM_UP, describe_machine, synchronize
-from tuner.train.execute import GraphExecution
+from tuner.train.execute import GraphExecution, PlainExecution
 
 GROUPS = {"enable_group_offload": "true", "group_offload_use_stream": "true"}
 INT8 = {"base_model_precision": "int8-torchao"}
-WALKS = 2
-"""Over the blocks in a step: forward, and backward with the recomputation inside."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a row is meant to stay below: GiB at the peak; ratio to the bound, carried out plainly and as a CUDA graph."""
+
+    gib: float | None = None
+    plain: float | None = None
+    graph: float | None = None
+
+
+NONE = Limits()
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to hold the weights, stepped plainly and as a CUDA graph. Limits: what it is meant to stay below."""
+    """One way to hold the weights."""
 
     name: str
     keys: Mapping[str, str] = field(default_factory=dict)
-    limit_gib: float | None = None
-    limit_ratio: float | None = None
-    graph_ratio: float | None = None
-    fetches: int = WALKS
-    """How often a step brings each streamed weight; 0: it is resident."""
+    fetches: int = 2
+    """How often a step brings each streamed weight: once on each walk over the blocks; 0: it is resident."""
+    limits: Mapping[str, Limits] = field(default_factory=dict)
+    """By work; it is measured on these."""
 
     @property
     def quantized(self) -> bool:
@@ -55,6 +64,7 @@ class Case:
 class Timed:
     """One measured row. Seconds are medians."""
 
+    work: str
     name: str
     seconds: float
     peak_gib: float
@@ -65,21 +75,21 @@ class Timed:
     limits: tuple[float | None, float | None]
 
 
-def cases(video_only: bool, long: bool, blocks: int) -> list[Case]:
-    """The rows of one kind of work; resident ones first, because the others are measured against them."""
+def cases(blocks: int) -> list[Case]:
+    """Resident ones first, because the others are measured against them."""
     swap = {"musubi_blocks_to_swap": str(blocks - 1)}
-    peak = 7.0 if video_only else 12.0 if long else 9.0
-    ratio = 1.2 if long else 1.1
-    rows = [Case("resident, bf16", fetches=0), Case("group offload with a stream, bf16", GROUPS, peak, ratio, ratio)]
-    if video_only:
-        return rows
-    rows.insert(1, Case("resident, int8", INT8, None if long else 26.0, None if long else 1.15, None if long else 1.15, fetches=0))
-    int8 = (1.1, 1.1) if long else (1.4, 1.15)
-    rows.append(Case("group offload with a stream, int8", GROUPS | INT8, peak, *int8))
-    if not long:
-        rows.append(Case(f"Musubi block swap of {blocks - 1}, bf16", swap, peak, ratio, ratio))
-        rows.append(Case("RamTorch, bf16", {"ramtorch": "true"}, 8.0, 1.25, 1.25, fetches=3))
-    return rows
+    bf16, int8 = Limits(9, 1.1, 1.1), Limits(9, 1.4, 1.15)
+    return [
+        Case("resident, bf16", fetches=0, limits={"head": NONE, "121f": NONE, "video": NONE}),
+        Case("resident, int8", INT8, 0, {"head": Limits(26, 1.15, 1.15), "121f": NONE}),
+        Case("group offload with a stream, int8", GROUPS | INT8, limits={"head": int8, "121f": Limits(12, 1.1, 1.1)}),
+        Case(
+            "group offload with a stream, bf16", GROUPS,
+            limits={"head": bf16, "121f": Limits(12, 1.2, 1.2), "video": Limits(7, 1.1, 1.1)},
+        ),  # fmt: skip
+        Case("RamTorch, bf16", {"ramtorch": "true"}, 3, {"head": Limits(8, 1.25, 1.25)}),
+        Case(f"Musubi block swap of {blocks - 1}, bf16", swap, limits={"head": bf16}),
+    ]
 
 
 def block_bytes(step: ProductStep) -> int:
@@ -135,13 +145,10 @@ def run(step: ProductStep, device: torch.device, steps: int) -> tuple[float, flo
     return statistics.median(times), peak
 
 
-def split(step: ProductStep, device: torch.device, total: float, plain: tuple[float, float] | None) -> tuple[float, float]:
-    """Seconds of the walk forward and of everything else of a resident step that takes `total`.
-
-    The walks of a replayed graph cannot be told apart: they are given the shares of the `plain` step.
-    """
-    if plain is not None:
-        return total * plain[0] / sum(plain), total * plain[1] / sum(plain)
+def walks_of(step: ProductStep, device: torch.device, total: float, graphs: bool) -> tuple[float, float]:
+    """Seconds of the walk forward and of everything else of a resident step that takes `total`."""
+    if graphs:  # not to be told apart in a replay; products of frozen weights are those of a forward, a recomputation and a backward
+        return total / 3, total * 2 / 3
     times = []
     for _ in range(3):
         synchronize(device)
@@ -155,37 +162,47 @@ def split(step: ProductStep, device: torch.device, total: float, plain: tuple[fl
     return forward, total - forward
 
 
-def measure(shape: Shape, arguments: argparse.Namespace, device: torch.device, speed: float) -> list[Timed]:
-    """Every case, plainly and as a graph."""
-    blocks = 48 if arguments.size == "real" else 2
-    video_only = arguments.rows == "video"
+def measure(arguments: argparse.Namespace, device: torch.device, speed: float) -> list[Timed]:
+    """Every case that is asked for, on every work that is; a model is built once a case."""
+    works = arguments.rows.split(",")
+    every = cases(48 if arguments.size == "real" else 2)
+    chosen = [case for case in every if any(word in case.name for word in arguments.only.split(","))]
     rows: list[Timed] = []
-    walks: dict[tuple[bool, bool], tuple[float, float]] = {}
+    resident: dict[tuple[bool, bool, str], tuple[float, float]] = {}
     sizes: dict[bool, int] = {}
-    every = cases(video_only, arguments.rows == "121f", blocks)
-    chosen = [case for case in every if arguments.only in case.name]
-    # What a chosen row is measured against is measured too.
-    wanted = [c for c in every if c in chosen or c.name == "resident, bf16" or (not c.fetches and any(o.quantized for o in chosen))]
-    for case in wanted:
-        step = ProductStep(shape, Setup(video_only=video_only, keys=case.keys), device, arguments.size)
-        for graphs in (False, True):
-            if graphs and (device.type != "cuda" or not step.session.capturable):
-                continue
-            if graphs:
-                step.execution = GraphExecution(step.run, step.masters)
-            seconds, peak = run(step, device, arguments.steps)
-            if not case.fetches:
-                sizes[case.quantized] = block_bytes(step)
-                walks[case.quantized, graphs] = split(step, device, seconds, walks.get((case.quantized, False)) if graphs else None)
-            bound = bound_of(case, walks[case.quantized and bool(case.fetches), graphs], sizes[case.quantized] / speed)
-            held = sizes[case.quantized] if not case.fetches else ring_bytes(step)
-            limits = (case.limit_gib, case.graph_ratio if graphs else case.limit_ratio)
-            name = case.name + ", CUDA graph" * graphs
-            rows.append(Timed(name, seconds, peak, bound, seconds / bound, held / GIB, limits))
-            show(rows[-1])
+    for case in every:
+        # What a chosen row is measured against is measured too.
+        needed = not case.fetches and (not case.quantized or any(other.quantized for other in chosen))
+        mine = [work for work in works if work in case.limits]
+        if (case not in chosen and not needed) or not mine:
+            continue
+        video_only = mine == ["video"]
+        step = ProductStep(shape_of(arguments.size, mine[0]), Setup(video_only=video_only, keys=case.keys), device, arguments.size)
+        if not case.fetches:
+            sizes[case.quantized] = block_bytes(step)
+        for work in mine:
+            step.take(shape_of(arguments.size, work))
+            for graphs in [False] * arguments.plain + [True] * (device.type == "cuda" and step.session.capturable):
+                step.execution = (GraphExecution if graphs else PlainExecution)(step.run, step.masters)
+                seconds, peak = run(step, device, arguments.steps)
+                if not case.fetches:
+                    resident[case.quantized, graphs, work] = walks_of(step, device, seconds, graphs)
+                walks = resident[case.quantized and bool(case.fetches), graphs, work]
+                bound = bound_of(case, walks, sizes[case.quantized] / speed)
+                held = sizes[case.quantized] if not case.fetches else ring_bytes(step)
+                limits = case.limits[work]
+                asked = (limits.gib, limits.graph if graphs else limits.plain)
+                name = case.name + ", CUDA graph" * graphs
+                rows.append(Timed(work, name, seconds, peak, bound, seconds / bound, held / GIB, asked))
+                show(rows[-1])
         free(step, device)
         del step
     return rows
+
+
+def shape_of(size: str, work: str) -> Shape:
+    """The work of that name; the video stream alone is trained on "head"."""
+    return WORK[size]["121f" if work == "121f" else "head"]  # type: ignore[index]
 
 
 def bound_of(case: Case, walks: tuple[float, float], load: float) -> float:
@@ -215,31 +232,31 @@ def show(row: Timed) -> None:
     gib, ratio = row.limits
     peak = f"{row.peak_gib:.2f}" + (f" (at most {gib:g})" if gib else "")
     times = f"{row.ratio:.2f}" + (f" (at most {ratio:g})" if ratio else "")
-    print(f"| {row.name} | {peak} | {row.weights_gib:.2f} | {row.seconds:.3f} | {row.bound:.3f} | {times} |", flush=True)
+    print(f"| {row.work} | {row.name} | {peak} | {row.weights_gib:.2f} | {row.seconds:.3f} | {row.bound:.3f} | {times} |", flush=True)
 
 
 def main(argv: list[str]) -> int:
     """Measures, prints, and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("real", "tiny"), default="real")
-    parser.add_argument("--rows", choices=("head", "121f", "video"), default="head")
+    parser.add_argument("--rows", default="head,121f", help="works, separated by commas: head, 121f; or video alone: head without sound")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--only", default="", help="only rows whose name contains this")
+    parser.add_argument("--only", default="", help="only rows whose name contains one of these words, separated by commas")
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True, help="also without a CUDA graph")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.size == "real" and device.type == "cpu":
         print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
         return 3
-    shape = WORK[arguments.size]["121f" if arguments.rows == "121f" else "head"]
     machine, speed = describe_machine(device), link_speed(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print(f"link: {speed / 1e9:.1f} GB/s pinned, measured here")
-    print(f"work: {shape.width}x{shape.height}x{shape.frames}, batch {shape.batch}, every block recomputed, LoRA rank 32\n")
-    print("| Weights | peak GiB | block weights on the device, GiB | s/step | bound, s | ratio |\n|---|---|---|---|---|---|", flush=True)
-    rows = measure(shape, arguments, device, speed)
+    print("every block recomputed, LoRA rank 32; head: 832x480x17, batch 2; 121f: 768x512x121, batch 1; video: head, video stream alone\n")
+    print("| Work | Weights | peak GiB | block weights on the device, GiB | s/step | bound, s | ratio |\n|---|---|---|---|---|---|---|")
+    rows = measure(arguments, device, speed)
     if arguments.json:
-        result = {"machine": machine, "link": speed, "work": asdict(shape), "rows": [asdict(row) for row in rows]}
+        result = {"machine": machine, "link": speed, "rows": [asdict(row) for row in rows]}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -78,17 +78,23 @@ class ProductStep:
         self.masters = MasterWeights({n: p for n, p in model.named_parameters() if p.requires_grad}, low_precision=False)
         self.execution = GraphExecution(run, self.masters) if setup.graphs else PlainExecution(run, self.masters)
         self.optimizer = AdamW(self.masters.optimized(), 1e-4, AdamOptions())
-        drawn = self._batch(shape, int(model.config.caption_channels))
-        self.batch = to_device(drawn, device)
+        self.steps = 0
+        self.take(shape)
+
+    def take(self, shape: Shape) -> None:
+        """Goes on with random data of that shape."""
+        if "feed" in self.__dict__:
+            self.feed.close()
+        drawn = self._batch(shape, int(self.run.model.config.caption_channels))
+        self.batch = to_device(drawn, self.device)
         sampler = NoiseSampler(TrainSettings(), self.family.token_shift, 0)
-        pin = device.type == "cuda"
+        pin = self.device.type == "cuda"
 
         def draw(index: int) -> Noise:
             noise = sampler.sample(drawn, index)
-            return to_device(noise, device, pin=True) if pin else noise
+            return to_device(noise, self.device, pin=True) if pin else noise
 
         self.feed = Prefetcher(draw)
-        self.steps = 0
 
     def draw(self) -> Noise:
         """The next draws, on the device."""
@@ -167,8 +173,10 @@ def fill(module: nn.Module, device: torch.device) -> None:
         if parameter.is_meta:
             # On a host, drawing 19 B normal numbers would take minutes; repeating a short draw does not change what is measured.
             drawn = torch.randn(min(parameter.numel(), 1 << 20), dtype=torch.bfloat16, device=device).mul_(0.02)
-            value = drawn.repeat(-(-parameter.numel() // drawn.numel()))[: parameter.numel()].view(parameter.shape)
-            setattr(module, name, nn.Parameter(value.clone(), requires_grad=False))
+            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            for piece in value.view(-1).split(drawn.numel()):
+                piece.copy_(drawn[: piece.numel()])
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
 
 
 def product_step_factory(shape: Shape, setup: Setup, device: torch.device, size: Size) -> tuple[StepFunction, Callable[[], None]]:

@@ -140,6 +140,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("real", "tiny"), default="real")
     parser.add_argument("--folder", type=Path, help="where the weights are written; a temporary folder when left out")
+    parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--captions", type=int, default=4)
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,7 +153,7 @@ def main(argv: list[str]) -> int:
         write_gemma(folder, size)
         source = Connectors(size)
         print("\n| Text encoder | peak GiB | s/caption | s to load |\n|---|---|---|---|", flush=True)
-        for name, keys in CASES.items():
+        for name, keys in ((n, k) for n, k in CASES.items() if arguments.only in n):
             loaded, seconds, peak = measure(folder, source, keys, device, arguments.captions)
             limit = f" (at most {LIMIT_GIB:g})" if any("ramtorch" in key or "group" in key for key in keys) else ""
             print(f"| {name} | {peak:.2f}{limit} | {seconds:.3f} | {loaded:.1f} |", flush=True)

@@ -131,7 +131,7 @@ class Reader:
 
     def tuner(self, arguments: list[str], expected: int) -> int:
         """Runs a command line here, where torch is loaded already."""
-        if self.page != TUTORIAL and arguments[0] in ("train", "cache", "sample", "export"):
+        if self.page != TUTORIAL and arguments[0] in ("train", "plan", "cache", "sample", "export"):
             arguments = [*arguments, *SMALL]
         with self.patch.context() as patch:
             if expected == 128 + signal.SIGINT:

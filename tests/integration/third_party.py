@@ -1,4 +1,5 @@
-"""A plugin as somebody else would write it: a regularizer with everything that the interface offers, a loss term, a memory strategy."""
+"""A plugin as somebody else would write it: a regularizer with everything that the interface offers and one that changes what blocks see,
+a loss term, two memory strategies."""
 
 from __future__ import annotations
 
@@ -29,6 +30,15 @@ class BrightnessOptions(Options):
 
     def enabled(self) -> bool:
         return self.brightness_weight > 0
+
+
+class DimOptions(Options):
+    """Keys of the second regularizer."""
+
+    dim_by: float = option(0.0, ge=0, lt=1, help="By how much tokens are smaller inside blocks 1 and 2.")
+
+    def enabled(self) -> bool:
+        return self.dim_by > 0
 
 
 class ShrinkOptions(Options):
@@ -114,6 +124,29 @@ class Brightness(Regularizer):
         JOURNAL.append(f"detached after {int(self.calls)} batches")
 
 
+class Dim(Regularizer):
+    """Every other sample's tokens are smaller inside blocks 1 and 2: what a block is given depends on the step."""
+
+    name = "dim"
+
+    def __init__(self, options: DimOptions, context: BuildContext) -> None:
+        self.kept = 1 - options.dim_by
+        self.scale = torch.ones(())
+
+    def attach(self, blocks: BlockSet, context: BuildContext) -> None:
+        self.scale = self.scale.to(context.device)
+
+    def begin_step(self, step: int, batch: Batch, noise: Noise, generator: torch.Generator) -> None:
+        drawn = torch.rand(len(batch.samples), generator=generator) < 0.5
+        self.scale = torch.where(drawn, self.kept, 1.0)[:, None, None].to(self.scale.device)
+
+    def transforms(self) -> Sequence[Transform]:
+        def scaled(state: BlockState, by: Tensor) -> BlockState:
+            return state.with_hidden({name: stream.hidden * by for name, stream in state.streams.items()})
+
+        return (Transform(1, "before", lambda state: scaled(state, self.scale)), Transform(2, "after", lambda s: scaled(s, 1 / self.scale)))
+
+
 class BrightnessTerm(LossTerm):
     """Squared distance of the projected mean token from the clip's mean brightness."""
 
@@ -189,7 +222,10 @@ class Watch(MemoryStrategy):
 
 @hookimpl
 def tuner_register_regularizers() -> list[Component]:
-    return [Component("brightness", "aligns tokens with brightness", BrightnessOptions, "integration.third_party:Brightness")]
+    return [
+        Component("brightness", "aligns tokens with brightness", BrightnessOptions, "integration.third_party:Brightness"),
+        Component("dim", "smaller tokens in the middle", DimOptions, "integration.third_party:Dim"),
+    ]
 
 
 @hookimpl

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import click
 
@@ -59,6 +60,9 @@ class LazyGroup(click.Group):
             found: click.Command = importlib.import_module(f"tuner.cli.{cmd_name}").command
             return found
         self._ask_plugins()
+        near = get_close_matches(cmd_name, [*COMMANDS, *self.commands], n=1)
+        if cmd_name not in self.commands and near and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{cmd_name}'. Did you mean '{near[0]}'?")
         return self.commands.get(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

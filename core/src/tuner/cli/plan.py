@@ -143,9 +143,9 @@ def _text(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> str:
     shown = [*fitting[:SHOWN], *(row for row in ranked if row.current and row not in fitting[:SHOWN])]
     cells = [_cells(row, job, machine) for row in shown]
     table = columns(("", "GPU", "PINNED", "HOST", "S/STEP", "RESIDENCY", "PRECISION", "RECOMPUTED", "CONFIG"), cells)
-    reasons = dict.fromkeys(f"not possible: {row.where + ': ' if row.where else ''}{row.problem}" for row in impossible)
+    reasons = {row.where: f"not possible: {row.where + ': ' if row.where else ''}{row.problem}" for row in reversed(impossible)}
     more = [f"and {len(fitting) - SHOWN} more that fit, see --json"] if len(fitting) > SHOWN else []
-    return "\n".join([*head, "", table, *more, *reasons])
+    return "\n".join([*head, "", table, *more, *reasons.values()])
 
 
 def _cells(row: Row, job: Job, machine: Machine) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ class Options(BaseModel):
 
     title: ClassVar[str] = ""
     """Heading of this group on the reference page and in `--help`."""
+    changes_numbers: ClassVar[bool] = True
+    """Whether these keys can change what a training step computes, bit for bit; if not, a run may be resumed with other values."""
 
     def enabled(self) -> bool:
         """Whether the component is switched on by these values; components chosen by name leave it True."""

@@ -33,8 +33,9 @@ class ModelSettings(Options):
     )
     base_model_precision: str = option("no_change", help="Precision of the frozen blocks: `no_change`, or the name of a quantizer.")
     text_encoder_1_precision: str = option("no_change", help="The same for the text encoder.")
-    cuda_graphs: bool = option(
-        False, help="Replay forward and backward of each shape of batch as one CUDA graph: the step no longer waits for the CPU."
+    cuda_graphs: Literal["auto", "on", "off"] = option(
+        "auto", help="Replay forward and backward of each shape of batch as one CUDA graph: the step no longer waits for the CPU. "
+        "`auto`: where nothing speaks against it."
     )
     dynamo_mode: str = unsupported(help="torch.compile of the blocks.", reason="compilation is " + LATER, changes_results=False, default="")
 

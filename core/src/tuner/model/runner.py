@@ -145,9 +145,13 @@ class BlockRunner(BlockFunction):
             self.tapped[name] = TapValue(value, stream.grid, stream.token_ids)
 
     def _run_graph(self, state: BlockState) -> BlockState:
-        """Nothing is recomputed and nobody waits for events: one graph, which autograd walks in a single call."""
+        """Nothing is recomputed and nobody waits for events: one graph, which autograd walks in a single call.
+
+        Gradients add up as in the walk over tapes, bit for bit: those of a node's uses first, then of one node after the other.
+        """
+        state = _replace(state, _aliases(state))
         for node in self._chain:
-            state = node.apply(state)
+            state = _apply_apart(node, state)
             for tap in self._taps_after(node, state):
                 stream = state.streams[tap.stream]
                 self.tapped[tap.name] = TapValue(stream.hidden, stream.grid, stream.token_ids)
@@ -328,6 +332,19 @@ def _differentiate(node: _Node, state: BlockState, needs: frozenset[Key]) -> tup
     # Unchanged tensors are handed on as the very objects that came in, so that "unchanged" stays visible further on.
     plain = {key: outputs[key].detach() if key in outputs else before[key] for key in last}
     return leaves, outputs, _replace(after, plain)
+
+
+def _aliases(state: BlockState) -> dict[Key, Tensor]:
+    """The tensors that want a gradient, each as a view: autograd sums up all uses of a view before it goes on to what is behind it."""
+    return {key: tensor.view_as(tensor) for key, tensor in _tensors(state).items() if tensor.requires_grad}
+
+
+def _apply_apart(node: _Node, state: BlockState) -> BlockState:
+    """Runs a node on views of its own; what it leaves unchanged is handed on as it came in."""
+    before, inside = _tensors(state), _aliases(state)
+    after = node.apply(_replace(state, inside))
+    kept = {key: before[key] for key, tensor in _tensors(after).items() if key in inside and inside[key] is tensor}
+    return _replace(after, kept) if kept else after
 
 
 def _needs_after(

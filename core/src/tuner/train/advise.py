@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,15 @@ import torch
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.component import Component
 from tuner.config.settings import AdapterSettings, ModelSettings, TrainSettings
-from tuner.errors import ConfigError, EnvironmentProblem, PluginError, TunerError
+from tuner.errors import ConfigError, EnvironmentProblem, OutOfMemoryError, PluginError, TunerError
 from tuner.interfaces.family import ClipShape, ModelFacts
 from tuner.interfaces.memory import MemoryPlan, MemoryStrategy, Quantizer
+from tuner.plugins.record import Kind
 from tuner.train import costs
 from tuner.train.costs import Job, Precision
-from tuner.train.footprint import Trained, measure
+from tuner.train.footprint import Footprint, Trained, measure
 from tuner.train.machine import GIB, RESERVE, SPARE, Machine, find_machine
+from tuner.train.step import train_step
 
 if TYPE_CHECKING:
     from tuner.train.plan import ModelPlan, Plan
@@ -32,6 +35,13 @@ log = logging.getLogger(__name__)
 
 ALIKE = 1.03
 """Settings whose times differ by less than this factor are as fast as each other: the forecast knows no better."""
+MEASURED: dict[tuple[str, bool], Footprint] = {}
+"""What was measured in this process: advice for a full device asks for what the forecast asked for, and a measurement takes seconds."""
+CHANGING: tuple[Kind, ...] = ("regularizer", "loss_term")
+"""Components with which a step is not the same every time."""
+STAGES = {train_step.__code__: "forward", torch.autograd.backward.__code__: "backward"}
+"""Code that an error came from -> what was going on."""
+PLAIN_REMEDY = "lower train_batch_size or resolution, or switch gradient_checkpointing on"
 LESS = 0.95
 """Share of what did not fit that advice may take at most."""
 NEAR = 0.005
@@ -223,10 +233,22 @@ def job_for(
     settings, family = model.settings, model.family
     train, adapters = settings.get(TrainSettings), settings.get(AdapterSettings)
     full = settings.get(ModelSettings).model_type == "full"
-    asked = Trained(tuple(streams), shape, train.train_batch_size, None if full else adapters, train.seed)
+    asked = Trained(tuple(streams), shape, train.train_batch_size, None if full else adapters)
     terms = [FlowMatchingLoss(name, family.stream_weights().get(name, 1.0)) for name in family.learned_streams(streams)]
-    footprints = measure(family, model.source, facts, asked, terms, model.context.dtype, ways)
-    return Job(model, facts, footprints, costs.optimizer_cost(model), world, host)
+    chosen = settings.get(model.registry.component("family", model.family_name).options)
+    key = repr((model.source.fingerprint("transformer"), chosen, facts.blocks, asked, str(model.context.dtype)))
+    if missing := [way for way in ways if (key, way) not in MEASURED]:
+        found = measure(family, model.source, facts, asked, terms, model.context.dtype, missing)
+        MEASURED.update({(key, way): footprint for way, footprint in found.items()})
+    footprints = {way: MEASURED[key, way] for way in ways}
+    return Job(model, facts, footprints, costs.optimizer_cost(model), replays(model), world, host)
+
+
+def replays(model: ModelPlan) -> bool:
+    """Whether a GPU will replay steps as graphs, as far as the configuration tells: nothing may draw or change inside a step."""
+    switched = [model.settings.get(c.options).enabled() for kind in CHANGING for c in model.registry.components(kind)]
+    draws = any(switched) or model.settings.get(AdapterSettings).lora_dropout > 0
+    return model.settings.get(ModelSettings).cuda_graphs != "off" and not draws
 
 
 def job_of(plan: Plan, ways: Sequence[bool] = (True, False)) -> Job:
@@ -281,16 +303,28 @@ def forecast(plan: Plan, machine: Machine | None = None) -> Predicted | None:
         return None
 
 
-def remedy(plan: Plan, machine: Machine) -> str:
+def full_device(plan: Plan, error: torch.OutOfMemoryError, stage: str) -> OutOfMemoryError:
+    """What a run ends with when its device is full: where that was, and which settings should fit."""
+    parts = traceback.walk_tb(error.__traceback__)
+    place = next((STAGES[frame.f_code] for frame, _ in parts if frame.f_code in STAGES), "")
+    advice = remedy(plan) if plan.context.device.type == "cuda" else ""
+    return OutOfMemoryError(
+        f"the device ran out of memory: {str(error).splitlines()[0]}", where=f"{stage}, {place}" if place else stage,
+        remedy=f"{advice}; or {PLAIN_REMEDY}" if advice else PLAIN_REMEDY,
+    )  # fmt: skip
+
+
+def remedy(plan: Plan, machine: Machine | None = None) -> str:
     """Settings that should fit where the present ones did not, in words; empty where none do or that cannot be told."""
     try:
+        machine = machine or find_machine(plan.context.device)
         ranked = rank(list(rows(job_of(plan), machine)), machine)
         now = next(found for found in ranked if found.current)
     except UNTOLD as error:
         log.debug("no advice: %s", error)
         return ""
     # What did not fit took more than was forecast: what is to fit must take clearly less.
-    better = [found for found in ranked if found.fits(machine) and found.needs() < LESS * now.needs()]
+    better = [found for found in ranked if found.fits(machine) and found.peak < LESS * now.peak]
     return f"this would fit: {describe(better[0], plan, machine)}" if better else ""
 
 

@@ -105,14 +105,15 @@ def _execution(
     plan: Plan, training: TrainingModel, masters: MasterWeights, regularizers: Sequence[Regularizer], device: torch.device
 ) -> Execution:
     """Raises `ConfigError` where `cuda_graphs` is asked for and the step cannot be replayed."""
-    if not plan.settings.get(ModelSettings).cuda_graphs:
+    wanted = plan.settings.get(ModelSettings).cuda_graphs
+    if wanted == "off":
         return PlainExecution(training, masters)
     against = reasons_against_graphs(training.blocks, device, regularizers, len(plan.loss_terms))
     if plan.settings.get(RolloutSettings).enabled() and type(training.blocks.session) is not MemorySession:
         against.append("the forward passes of scheduled sampling leave other weights on the device than a step does")
-    if against:
-        raise ConfigError(f"the step cannot be replayed as a CUDA graph: {'; '.join(against)}", where="cuda_graphs", remedy="switch it off")
-    return GraphExecution(training, masters)
+    if against and wanted == "on":
+        raise ConfigError(f"no CUDA graph of the step is possible: {'; '.join(against)}", where="cuda_graphs", remedy="set it to auto")
+    return PlainExecution(training, masters) if against else GraphExecution(training, masters, required=wanted == "on")
 
 
 def add_trainable(plan: Plan, model: nn.Module, device: torch.device) -> list[tuple[str, nn.Parameter]]:

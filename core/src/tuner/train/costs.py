@@ -17,6 +17,7 @@ from torch import nn
 from tuner.config.settings import ModelSettings, OptimizerSettings
 from tuner.interfaces.family import ModelFacts
 from tuner.interfaces.memory import MemoryFacts, MemoryPlan, Quantizer
+from tuner.model.host import free_host_memory
 from tuner.model.quantized import stored_bytes
 from tuner.train.footprint import Footprint, LiveBytes, Work
 from tuner.train.machine import Machine
@@ -65,9 +66,11 @@ class Job:
     footprints: Mapping[bool, Footprint]
     """Whether all blocks are recomputed -> what a step takes."""
     optimizer: OptimizerCost
+    graphs: bool = False
+    """Whether steps are replayed as CUDA graphs."""
     world: int = 1
     host: int = 0
-    """Bytes of host memory to plan for; 0: what strategies find free."""
+    """Bytes of host memory to plan for; 0: what is free."""
 
 
 def plain() -> Precision:
@@ -102,7 +105,7 @@ def memory_facts(job: Job, precision: Precision, checkpointing: str) -> MemoryFa
     return MemoryFacts(
         block_bytes=(facts.block_bytes - sum(before) + sum(after),) * facts.blocks,
         full_finetuning=job.model.settings.get(ModelSettings).model_type == "full", quantizer=precision.name, checkpointing=checkpointing,
-        world_size=job.world, linear_bytes=after, linear_names=facts.linear_names, host_bytes=job.host,
+        world_size=job.world, linear_bytes=after, linear_names=facts.linear_names, host_bytes=job.host or free_host_memory(),
     )  # fmt: skip
 
 
@@ -156,9 +159,10 @@ def peak_parts(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision
     accumulated = (4 * count if masters else step.gradients) if settings.gradient_accumulation_steps > 1 else 0
     largest = max((rows * columns for rows, columns in job.facts.linear_shapes), default=0) * job.model.context.dtype.itemsize
     passing = step.peak + accumulated + round(precision.expanding * largest)
-    update = step.entered + updating(step, masters=masters, low_precision=job.optimizer.low_precision)
+    taking, update = updating(step, masters=masters, low_precision=job.optimizer.low_precision)
+    passing = max(passing, step.entered + taking)
     # What a captured graph works in stays reserved for it.
-    together = passing + update if job.model.settings.get(ModelSettings).cuda_graphs else max(passing, update)
+    together = passing + update if job.graphs else max(passing, step.entered + update)
     return {
         "block weights": plan.device_bytes, "other weights": step.outside, "trained weights": trained,
         "optimizer": round(count * (job.optimizer.state + (4 if masters else 0))), "activations and gradients": together,
@@ -166,13 +170,16 @@ def peak_parts(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision
     }  # fmt: skip
 
 
-def updating(step: Footprint, *, masters: bool, low_precision: bool) -> int:
-    """Gradients and temporaries of an optimizer step: gradients are summed up in float32 bucket by bucket, or weights stepped in chunks."""
+def updating(step: Footprint, *, masters: bool, low_precision: bool) -> tuple[int, int]:
+    """Bytes while gradients are taken out of the model, and of gradients and temporaries while the optimizer steps.
+
+    They are summed up in float32 bucket by bucket where there are masters; else weights are stepped as they are, perhaps in chunks.
+    """
     count, width = step.trained_weights, step.width
     if masters:
         bucket = min(count, BUCKET_ELEMENTS)
-        return max(step.gradients + bucket * (width + 4), 4 * count + bucket * width)
-    return step.gradients + (32 * min(count, CHUNK) if low_precision else 0)
+        return step.gradients + bucket * (width + 4), 4 * count + bucket * width
+    return step.gradients, step.gradients + (32 * min(count, CHUNK) if low_precision else 0)
 
 
 def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, machine: Machine) -> float:
@@ -180,14 +187,13 @@ def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, m
     dtype, settings = job.model.context.dtype, job.model.settings
     plainly, packed = (sum(linear_bytes(job.facts, quantizer, dtype)) for quantizer in (None, precision.quantizer))
     expanded = plainly + packed if precision.quantizer else 0
-    graphs = settings.get(ModelSettings).cuda_graphs
     # A block that is recomputed expands its weights twice on the way back.
     products = 2 if step.backward_work.flops > 1.5 * step.forward_work.flops else 1
     there, back = step.forward_work + Work(moved=expanded), step.backward_work + Work(moved=products * expanded)
-    walks = [_computing(work, machine, graphs=graphs) * step.blocks for work in (there, back)]
+    walks = [_computing(work, machine, graphs=job.graphs) * step.blocks for work in (there, back)]
     copies = (plan.forward_bytes / machine.link, (plan.traffic_bytes - plan.forward_bytes) / machine.link)
     took = sum(max(pair) if plan.beside else sum(pair) for pair in zip(walks, copies, strict=True))
-    one = took + _computing(step.other_work, machine, graphs=graphs)
+    one = took + _computing(step.other_work, machine, graphs=job.graphs)
     return one * settings.get(OptimizerSettings).gradient_accumulation_steps
 
 

@@ -1,12 +1,14 @@
 """How one batch's forward and backward pass is carried out: called plainly, or replayed as a CUDA graph.
 
 A graph is captured per shape of batch once the same shape has run plainly a few times, so that every lazily built table and every
-library's workspace is there. All graphs share one pool of memory, because only one of them runs at a time. What a replay computes
-is what was captured: nothing in the step may depend on a Python value that changes from step to step.
+library's workspace is there. All graphs share one pool of memory, because only one of them runs at a time, and one set of
+gradients. What a replay computes is what was captured: nothing in the step may depend on a Python value that changes from step to
+step. The kernels are those of the plain step, so the numbers are, too.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -22,6 +24,7 @@ from tuner.model.runner import BlockRunner
 from tuner.train.masters import MasterWeights
 from tuner.train.step import StepResult, TrainingModel, train_step
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PLAIN_FIRST = 3
@@ -61,6 +64,7 @@ class _Graph:
     inputs: list[Tensor]
     result: StepResult
     gradients: list[Tensor | None]
+    """For each of the masters' tensors: where the graph writes its gradient; the same for all graphs."""
     kept: list[Tensor]
     """What the step reads and did not make itself, such as rotary tables: others may drop it, the graph still points there."""
 
@@ -68,12 +72,16 @@ class _Graph:
 class GraphExecution(Execution):
     """Replays a CUDA graph of the step for each shape of batch that comes often enough."""
 
-    def __init__(self, training: TrainingModel, masters: MasterWeights) -> None:
+    def __init__(self, training: TrainingModel, masters: MasterWeights, *, required: bool = True) -> None:
+        """`required`: a step that cannot be captured is an error; otherwise it is carried out plainly, and that is said once."""
         super().__init__(training, masters)
+        self._required = required
+        self._limit = GRAPHS_KEPT
         self.plain = PlainExecution(training, masters)
         self._seen: dict[object, int] = {}
         self._graphs: dict[object, _Graph] = {}
         self._pool: Any = None
+        self._gradients: list[Tensor] = []
 
     @property
     def captured(self) -> int:
@@ -84,13 +92,19 @@ class GraphExecution(Execution):
         shape = (signature(batch), signature(noise), share)
         if shape not in self._graphs:
             self._seen[shape] = self._seen.get(shape, 0) + 1
-            if self._seen[shape] <= PLAIN_FIRST or len(self._graphs) >= GRAPHS_KEPT:
+            if self._seen[shape] <= PLAIN_FIRST or len(self._graphs) >= self._limit:
                 return self.plain(batch, noise, step, share)
-            self._graphs[shape] = self._capture(batch, noise, step, share)
+            captured = self._capture(batch, noise, step, share)
+            if captured is None:
+                return self.plain(batch, noise, step, share)
+            self._graphs[shape] = captured
         return self._replay(self._graphs[shape], batch, noise, share)
 
-    def _capture(self, batch: Batch, noise: Noise, step: int, share: float) -> _Graph:
+    def _capture(self, batch: Batch, noise: Noise, step: int, share: float) -> _Graph | None:
+        """None: it cannot be captured, and will not be tried again."""
         own_batch, own_noise = copied(batch), copied(noise)
+        if not self._gradients:
+            self._gradients = [torch.empty_like(master, requires_grad=False) for master in self.masters.optimized()]
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
@@ -98,16 +112,28 @@ class GraphExecution(Execution):
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = train_step(self.training, own_batch, own_noise, step)
                 (result.loss * share).backward()  # type: ignore[no-untyped-call]
-                gradients = self.masters.gather()
+                gradients = self._keep(self.masters.gather())
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            raise EnvironmentProblem(
-                f"the training step could not be captured: {str(error).splitlines()[0]}", where="cuda_graphs",
-                remedy="switch cuda_graphs off",
-            ) from error  # fmt: skip
+            reason = f"the training step could not be captured: {str(error).splitlines()[0]}"
+            if self._required:
+                raise EnvironmentProblem(reason, where="cuda_graphs", remedy="set it to auto, or off") from error
+            log.warning("%s; it is carried out plainly", reason)
+            self._limit = len(self._graphs)
+            self.training.blocks.session.abort()
+            self.masters.gather()  # what the attempt left there was never computed
+            return None
         self._pool = graph.pool()
         detached = replace(result, loss=result.loss.detach(), terms=tuple(_detached(term) for term in result.terms), entered=None)
         kept = [tensor.detach() for tensor in tensors(result.entered)]
         return _Graph(graph, [*tensors(own_batch), *tensors(own_noise)], detached, gradients, kept)
+
+    def _keep(self, found: list[Tensor | None]) -> list[Tensor | None]:
+        """Writes gradients where they stay, so that the graph's own memory holds none of them after a replay."""
+        pairs = [(own, given) for own, given in zip(self._gradients, found, strict=True) if given is not None]
+        torch._foreach_copy_([own for own, _ in pairs], [given for _, given in pairs])
+        return [None if given is None else own for own, given in zip(self._gradients, found, strict=True)]
 
     def _replay(self, held: _Graph, batch: Batch, noise: Noise, share: float) -> StepResult:
         for own, given in zip(held.inputs, [*tensors(batch), *tensors(noise)], strict=True):

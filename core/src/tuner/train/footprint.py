@@ -74,13 +74,13 @@ class Footprint:
     kept: int
     """Kept for each block from forward to backward: its input where it is recomputed, else its activations."""
     forward: int
-    """Beside that while a block runs forward."""
+    """Most that a block adds to that while it runs forward, what it keeps included."""
     tail: int
-    """The same for everything after the last block, the loss included."""
-    flowing: int
-    """Kept from there on: the gradients that go back."""
+    """Most that everything after the last block adds, the loss included."""
+    turn: int
+    """Most that the last block adds while it is walked back, with the gradients that come in."""
     backward: int
-    """Beside what is kept while a block is walked back."""
+    """The same for any other block, whose own kept bytes count extra: gradients of what all blocks share flow along by then."""
     forward_work: Work
     """Of a block."""
     backward_work: Work
@@ -100,12 +100,13 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        """Most bytes that forward and backward hold at once; in between it is less, as both what is kept and gradients are linear."""
-        all_kept, own = self.entered + self.blocks * self.kept, self.trained[0] * self.width
-        forward = all_kept + max(self.forward, self.tail)
-        top = all_kept + self.flowing + self.backward
-        bottom = self.entered + self.kept + self.flowing + self.backward + self.gradients - own
-        return max(forward, top, bottom)
+        """Most bytes that forward and backward hold at once. On the way back each block takes what it kept and leaves its gradients."""
+        others = self.blocks - 1
+        top = self.entered + others * self.kept
+        if not others:
+            return top + max(self.forward, self.kept + self.tail, self.kept + self.turn)
+        bottom = self.entered + self.kept + (others - 1) * self.trained[0] * self.width
+        return max(top + max(self.forward, self.kept + self.tail, self.kept + self.turn, self.backward), bottom + self.backward)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,6 @@ class Trained:
     batch_size: int
     adapters: AdapterSettings | None
     """None: every weight is trained."""
-    seed: int = 0
 
 
 def measure(
@@ -147,7 +147,7 @@ def skeleton(family: ModelFamily, source: WeightSource, facts: ModelFacts, asked
         model.requires_grad_(True)
     else:
         targets = resolve_targets(model, asked.adapters.peft_lora_target_modules, family.adapter_targets(model, asked.streams))
-        add_adapters(model, targets, asked.adapters, asked.seed)
+        add_adapters(model, targets, asked.adapters, seed=0)
     return model.train()
 
 
@@ -197,11 +197,12 @@ def _footprint(watch: _Watch, last: int) -> Footprint:
     # A pass in which nothing is trained does not walk back.
     start, finish = watch.marks.get(f"back {last}", watch.at("loss")), watch.marks.get(f"backed {last}", end)
     forward_work, backward_work = after.work - before.work, finish.work - start.work
-    kept = after.live - (watch.at("after 0").live if last else entered.live)
+    kept = max(after.live - (watch.at("after 0").live if last else entered.live), 0)
+    first = watch.marks.get("backed 0", end)
     return Footprint(
-        blocks=last + 1, outside=0, trained=(0, 0), width=0, entered=entered.live, kept=max(kept, 0),
-        forward=after.peak - before.live, tail=max(start.peak, watch.at("loss").peak) - after.live, flowing=max(start.live - after.live, 0),
-        backward=finish.peak - start.live, forward_work=forward_work, backward_work=backward_work,
+        blocks=last + 1, outside=0, trained=(0, 0), width=0, entered=entered.live, kept=kept,
+        forward=after.peak - before.live, tail=max(start.peak, watch.at("loss").peak) - after.live, turn=finish.peak - after.live,
+        backward=first.peak - entered.live - kept, forward_work=forward_work, backward_work=backward_work,
         other_work=end.work - (forward_work + backward_work) * (last + 1),
     )  # fmt: skip
 

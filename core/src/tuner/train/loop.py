@@ -47,6 +47,8 @@ class Loop:
     rank: int = 0
     world: int = 1
     metrics: StepMetrics = field(default_factory=StepMetrics)
+    at: str = "the first step"
+    """Step and batch that are worked on, for errors."""
 
     def __post_init__(self) -> None:
         self.accumulation = self.plan.settings.get(OptimizerSettings).gradient_accumulation_steps
@@ -104,6 +106,7 @@ class Loop:
             for change in run.noise_transforms:
                 item = replace(item, noise=change(item.batch, item.noise, step))
             samples += len(item.batch.samples)
+            self.at = f"step {step + 1}, {describe_batch(item.batch)}"
             for regularizer in run.regularizers:
                 generator = torch.Generator().manual_seed(derived_seed(seed, regularizer.name, step, micro, self.rank))
                 regularizer.begin_step(step, item.batch, item.noise, generator)
@@ -158,6 +161,13 @@ class Loop:
                         f"{name} is not finite at step {step}", where=name, value=row[name],
                         remedy="resume from the last checkpoint with a lower learning_rate or max_grad_norm",
                     )  # fmt: skip
+
+
+def describe_batch(batch: Batch) -> str:
+    """How many samples, and their size."""
+    first = batch.samples[0]
+    size = f"{first.width}x{first.height}x{first.frames}" if first.frames else f"{first.seconds:g} s of sound"
+    return f"batch of {len(batch.samples)} x {size}"
 
 
 def cached_features(samples: Sequence[Sample], encoders: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -6,17 +6,14 @@ training reached on an H200; an unknown card is measured with one product and tw
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from tuner.errors import EnvironmentProblem
+from tuner.model.host import free_host_memory
 
 GIB = 2**30
 RESERVE = GIB // 2
@@ -90,7 +87,7 @@ def find_machine(device: torch.device, memory: int = 0, host: int = 0) -> Machin
             "there is no GPU here whose memory could be planned for", where="gpu_memory", remedy="give a size, such as --gpu_memory 24GiB"
         )
     card = min(CARDS, key=lambda known: abs(known.gib - memory / GIB))
-    return _of(card, memory, host, f"a GPU of {memory / GIB:g} GiB", f"assumed as fast as a {card.name}")
+    return _of(card, memory, host, "a GPU", f"assumed as fast as a {card.name}")
 
 
 def described(name: str, memory: int, host: int, device: torch.device) -> Machine:
@@ -133,14 +130,3 @@ def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5)
         wait()
         found.append(time.perf_counter() - began)
     return max(min(found[1:]), 1e-9)
-
-
-def free_host_memory() -> int:
-    """Bytes that the system could give without swapping; 0: it does not say."""
-    with contextlib.suppress(OSError):
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        if match:
-            return int(match[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0

@@ -21,6 +21,7 @@ from tuner.interfaces.family import BuildContext, Located, ModelFacts, ModelFami
 from tuner.interfaces.losses import LossTerm, Regularizer
 from tuner.interfaces.memory import MemoryFacts, Quantizer
 from tuner.interfaces.services import Loader, WeightSource
+from tuner.model.host import free_host_memory
 from tuner.model.placing import RunMemory
 from tuner.plugins.record import Kind
 from tuner.train.advise import Predicted, forecast
@@ -180,13 +181,13 @@ def memory_facts(plan: Plan, part: str = "transformer") -> MemoryFacts:
     """What a memory strategy decides on."""
     model = plan.settings.get(ModelSettings)
     if part != "transformer":  # its blocks are not known before it is opened, and it runs without gradients
-        return MemoryFacts((), False, model.text_encoder_1_precision, "none", plan.world, part)
+        return MemoryFacts((), False, model.text_encoder_1_precision, "none", plan.world, part, host_bytes=free_host_memory())
     recomputed = "none" if not model.gradient_checkpointing else "all" if model.gradient_checkpointing_interval == 1 else "some"
     before, after = _linear_bytes(plan)
     return MemoryFacts(
         block_bytes=(plan.facts.block_bytes - sum(before) + sum(after),) * plan.facts.blocks, full_finetuning=model.model_type == "full",
         quantizer=model.base_model_precision, checkpointing=recomputed, world_size=plan.world, linear_bytes=after,
-        linear_names=plan.facts.linear_names,
+        linear_names=plan.facts.linear_names, host_bytes=free_host_memory(),
     )  # fmt: skip
 
 

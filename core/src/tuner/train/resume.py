@@ -123,7 +123,8 @@ class TrainingCheckpoints:
 def exact_facts(plan: Plan, world: int) -> dict[str, object]:
     """Everything that decides the numbers of a step, but for the dataset, which is known after caching."""
     settings = plan.settings
-    values = {key: entry["value"] for key, entry in settings.resolved().items() if decides(key)}
+    placing = {key for options in plan.registry.option_types if not options.changes_numbers for key in options.model_fields}
+    values = {key: entry["value"] for key, entry in settings.resolved().items() if decides(key) and key not in placing}
     if settings.get(OptimizerSettings).lr_scheduler in OPEN_ENDED:
         values.pop("max_train_steps", None)
     libraries = {quantizer.distribution for quantizer in plan.memory.quantizers.values()} - {""}

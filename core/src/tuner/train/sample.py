@@ -88,7 +88,11 @@ def _trained_model(plan: ModelPlan, streams: Sequence[str], trained: Trained, pl
     if trained.weights is not None:
         load_full(plan.family, model, headers, trained.weights)
     if adapter is not None:
-        adapter = replace(adapter, alpha=adapter.alpha * trained.strength)
+        loaded = {name for name, _ in model.named_modules()}  # without sound its layers are not there
+        adapter = replace(
+            adapter, alpha=adapter.alpha * trained.strength, weights={name: pair for name, pair in adapter.weights.items() if name in loaded}
+        )
+    if adapter is not None and adapter.weights:
         add_adapters(model, tuple(adapter.weights), AdapterSettings(lora_rank=adapter.rank, lora_alpha=adapter.alpha), 0)
         load_adapter_state(model, adapter)
         for layer in adapted_layers(model).values():  # of layers that live in host memory they were made there

@@ -17,8 +17,9 @@ from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings, RunSettings, TrainSettings, ValidationSettings
 from tuner.data.dataset import TrainingSet
 from tuner.data.manifest import require_usable
-from tuner.errors import DiskError, EnvironmentProblem, OutOfMemoryError, TunerError
+from tuner.errors import DiskError, EnvironmentProblem, TunerError
 from tuner.plugins.registry import Registry
+from tuner.train.advise import full_device
 from tuner.train.agreement import Ranks
 from tuner.train.assemble import Assembly, assemble
 from tuner.train.caching import CacheSummary, fill_cache
@@ -97,6 +98,9 @@ class Session:
     interface: Interface
     ranks: Ranks
     destination: Destination
+    stage: str = "caching"
+    """What is going on before the first step, for errors."""
+    loop: Loop | None = None
 
     def run(self) -> Outcome:
         """Raises `TunerError`; whatever was saved before stays."""
@@ -106,7 +110,7 @@ class Session:
             checkpoints = TrainingCheckpoints(self.plan, folder.path, self.ranks.world)
             self.ranks.together(checkpoints.check)
             try:
-                with _memory_errors():
+                with self._memory_errors():
                     outcome = self._run(folder, checkpoints, stack)
             except BaseException as error:
                 self._failed(folder, error)
@@ -114,6 +118,14 @@ class Session:
             if self.ranks.main:
                 self.registry.run_finished(self.info(folder), "stopped" if outcome.exit_code else "finished")
             return outcome
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """A device that is full, as an error that says where and what would fit."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise full_device(self.plan, error, self.loop.at if self.loop else self.stage) from error
 
     def info(self, folder: RunFolder) -> RunInfo:
         """The record that event hooks receive."""
@@ -138,7 +150,8 @@ class Session:
         summary = self._cache(folder)
         dataset = self._dataset(summary)
         found = self.ranks.together(lambda: checkpoints.load(dataset.digest()))
-        self.interface.note("loading the model")
+        self.stage = "loading the model"
+        self.interface.note(self.stage)
         assembly = self.ranks.together(lambda: assemble(self.plan, self.plan.context.device))
         stack.callback(assembly.detach)
         start = self.ranks.together(lambda: checkpoints.restore(found, assembly)) if found else 0
@@ -148,6 +161,7 @@ class Session:
             folder.event("training", from_step=start)
         stops = stack.enter_context(StopRequests(self.interface.note, self.ranks.most if self.ranks.world > 1 else None))
         loop = self._loop(folder, assembly, dataset, checkpoints, stops, start, self._trackers(folder, stack))
+        self.loop = loop
         step = loop.run() if start < self.plan.total_steps else start
         return self._conclude(folder, assembly, checkpoints, step, stops.stop, summary)
 
@@ -299,18 +313,6 @@ def _plan(
     )
     interface.plan(plan)
     return plan
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """A device that is full as an error with remedies."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"the device ran out of memory: {str(error).splitlines()[0]}",
-            remedy="lower train_batch_size or resolution, or switch gradient_checkpointing on",
-        ) from error
 
 
 def encode_dataset(plan: Plan, interface: Interface) -> CacheSummary:

@@ -61,12 +61,12 @@ def check_request(request: SampleRequest, geometry: Geometry) -> None:
         nearest = max(smallest, geometry.snap_size(value))
         if nearest != value:
             raise ConfigError(
-                f"must be a multiple of {geometry.size_step} pixels and at least {smallest}", where=f"sample {name}", value=value,
-                remedy=f"use {nearest}",
+                f"{name} must be a multiple of {geometry.size_step} pixels and at least {smallest}", where="validation_resolution",
+                value=value, remedy=f"use {nearest}",
             )
     if geometry.snap_frames(request.frames) != request.frames:
         raise ConfigError(
-            f"must be 1 + a multiple of {geometry.frame_step}", where="sample frames", value=request.frames,
+            f"must be 1 + a multiple of {geometry.frame_step}", where="validation_num_video_frames", value=request.frames,
             remedy=f"use {geometry.snap_frames(request.frames)}",
         )
 

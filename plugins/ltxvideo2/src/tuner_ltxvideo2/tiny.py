@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import Gemma3TextConfig, Gemma4UnifiedTextConfig, PreTrainedTokenizerFast
 from transformers.audio_utils import mel_filter_bank
 
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, DiskError
 from tuner.interfaces.family import Variant
 from tuner_ltxvideo2.audio_latents import log_mel, pack
 from tuner_ltxvideo2.keys import PARTS, join_original, to_original
@@ -62,7 +63,8 @@ class TinyPaths:
 def write_tiny(folder: Path, *, variant: str = "2.0", seed: int = 0) -> TinyPaths:
     """Writes the tiny checkpoint and its text encoder into `folder`; leaves a complete one there as it is.
 
-    `variant`: "2.0", "2.3" or "2.5". The same seed gives the same weights. Raises `ConfigError` for another variant.
+    `variant`: "2.0", "2.3" or "2.5". The same seed gives the same weights. Raises `ConfigError` for another variant,
+    `DiskError` where the folder cannot be written.
     """
     if variant not in ("2.0", "2.3", "2.5"):
         raise ConfigError("the tiny model comes as 2.0, 2.3 and 2.5", value=variant)
@@ -70,13 +72,18 @@ def write_tiny(folder: Path, *, variant: str = "2.0", seed: int = 0) -> TinyPath
     paths = TinyPaths(folder / f"{name}.safetensors", folder / "text_encoder")
     if paths.checkpoint.is_file() and (paths.text_encoder / "tokenizer.json").is_file():
         return paths
-    folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _write_text_encoder(paths.text_encoder, variant)
-        modules = {part: _random_part(part, Variant(FAMILY, variant, _arguments(variant))) for part in PARTS}
-        _set_statistics(modules["vae"], modules["audio_vae"])
-    _write_checkpoint(paths.checkpoint, modules, _configuration(variant), f"{variant}.0")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _write_text_encoder(paths.text_encoder, variant)
+            modules = {part: _random_part(part, Variant(FAMILY, variant, _arguments(variant))) for part in PARTS}
+            _set_statistics(modules["vae"], modules["audio_vae"])
+        _write_checkpoint(paths.checkpoint, modules, _configuration(variant), f"{variant}.0")
+    except (OSError, SafetensorError) as error:
+        raise DiskError(
+            f"the tiny model cannot be written: {error}", where=str(folder), remedy="free 20 MB, or set another cache_dir"
+        ) from error
     return paths
 
 
@@ -256,8 +263,11 @@ def _write_checkpoint(path: Path, modules: Mapping[str, nn.Module], config: Mapp
             tensors[join_original(part, to_original(part, name))] = kept.contiguous()
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     os.close(descriptor)
-    save_file(tensors, temporary, metadata={"model_version": version, "config": json.dumps(config)})
-    Path(temporary).replace(path)
+    try:
+        save_file(tensors, temporary, metadata={"model_version": version, "config": json.dumps(config)})
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 # --- text encoder ------------------------------------------------------------------------------------------------

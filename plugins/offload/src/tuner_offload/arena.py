@@ -10,16 +10,15 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tuner.errors import ConfigError, OutOfMemoryError
+from tuner.model.host import free_host_memory
 from tuner_offload.transfer import Link, Registration
 
 ALIGNMENT = 512
@@ -154,7 +153,7 @@ class HostArena:
         try:
             self.buffer = mmap.mmap(-1, max(size, 1))
         except OSError as error:
-            raise _no_memory(size, what, None) from error
+            raise _no_memory(size, what, 0) from error
         with contextlib.suppress(OSError, AttributeError):  # not every kernel offers large pages; they make touching quicker
             self.buffer.madvise(mmap.MADV_HUGEPAGE)
         self.memory = torch.frombuffer(self.buffer, dtype=torch.uint8)[:size]
@@ -175,40 +174,16 @@ class HostArena:
 
 def _check_host_memory(size: int, what: str) -> None:
     free = free_host_memory()
-    if free is not None and size > free:
+    if free and size > free:
         raise _no_memory(size, what, free)
 
 
-def _no_memory(size: int, what: str, free: int | None) -> OutOfMemoryError:
-    left = "" if free is None else f", {free / 1e9:.1f} GB are free"
+def _no_memory(size: int, what: str, free: int) -> OutOfMemoryError:
+    left = f", {free / 1e9:.1f} GB are free" if free else ""
     return OutOfMemoryError(
         f"host memory is too small: {what} need {size / 1e9:.1f} GB more{left}",
         remedy="choose an 8-bit base_model_precision, stream fewer blocks, or set group_offload_to_disk_path",
     )
-
-
-def free_host_memory() -> int | None:
-    """Bytes that this process may still take, by the machine and by its control group; None: not known."""
-    found = [value for value in (_free_on_machine(), _free_in_group(Path("/sys/fs/cgroup"))) if value is not None]
-    return min(found) if found else None
-
-
-def _free_on_machine() -> int | None:
-    with contextlib.suppress(OSError):
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        return int(match[1]) * 1024 if match else None
-    return None
-
-
-def _free_in_group(group: Path) -> int | None:
-    """Of a version 2 control group. File pages count as used there, though they are given up when memory is wanted."""
-    with contextlib.suppress(OSError, ValueError):
-        limit = (group / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        pages = sum(int(n) for n in re.findall(r"^(?:active|inactive)_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE))
-        return max(0, int(limit) - int((group / "memory.current").read_text()) + pages)
-    return None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ class GroupOffloadOptions(Options):
     """Groups of blocks, or leaf modules, brought to the device in turn."""
 
     title: ClassVar[str] = "Group offload"
+    changes_numbers: ClassVar[bool] = False
 
     enable_group_offload: bool = option(False, help="Keep the transformer's frozen weights in host memory and bring them group by group.")
     group_offload_type: Literal["block_level", "leaf_level"] = option(
@@ -32,6 +33,7 @@ class BlockSwapOptions(Options):
     """A number of blocks streamed, the rest resident."""
 
     title: ClassVar[str] = "Block swap"
+    changes_numbers: ClassVar[bool] = False
 
     musubi_blocks_to_swap: int = option(
         0, help="How many of the transformer's blocks are kept in host memory; 0 for none.", unit="blocks", ge=0
@@ -46,6 +48,7 @@ class RamTorchOptions(Options):
     """Linear layers streamed one by one."""
 
     title: ClassVar[str] = "RamTorch"
+    changes_numbers: ClassVar[bool] = False
 
     ramtorch: bool = option(False, help="Keep the transformer's linear layers in host memory and bring them one by one.")
     ramtorch_text_encoder: bool = option(False, help="The same for the text encoder.")
@@ -68,6 +71,7 @@ class StartupOptions(Options):
     """Where weights live before training starts."""
 
     title: ClassVar[str] = "Start"
+    changes_numbers: ClassVar[bool] = False
 
     offload_during_startup: bool = option(
         True, help="Always so, whatever the value: encoders are loaded one at a time and dropped before the transformer is loaded."

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import resource
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -229,12 +230,17 @@ def link_to(device: torch.device, *, stream: bool = True) -> Link:
 
 
 class Registration:
-    """Host memory that a link may copy from directly. Closed, it is ordinary memory again."""
+    """Host memory that a link may copy from directly. Closed, it is ordinary memory again, also where nobody closed it.
+
+    The driver does not notice that memory is given back: what is mapped at the same place next would count as registered and be refused.
+    """
 
     def __init__(self, link: Link, memory: Tensor) -> None:
         self._memory: Tensor | None = None
         if link.pins and memory.numel() and _register(link.device, memory):
             self._memory = memory
+            self._undo = weakref.finalize(self, _unregister, memory.data_ptr())
+            self._undo.atexit = False  # the process takes its registrations along, and the runtime may be gone by then
 
     @property
     def pinned(self) -> bool:
@@ -244,8 +250,12 @@ class Registration:
     def close(self) -> None:
         """Nothing may be copying from it any more."""
         if self._memory is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())  # type: ignore[no-untyped-call]
+            self._undo()
             self._memory = None
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 def _register(device: torch.device, memory: Tensor) -> bool:

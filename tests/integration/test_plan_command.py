@@ -1,0 +1,221 @@
+"""`tuner plan` and what stands on it: the table, its keys in a file, what a run predicts, and what it says when the device is full."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from integration.project import Project
+from ltxvideo2.ltx2_published import RELEASES, TRANSFORMER_20, headers
+from tuner.builtins.losses import FlowMatchingLoss
+from tuner.config.resolve import resolve
+from tuner.config.settings import AdapterSettings
+from tuner.interfaces.family import BuildContext, ClipShape, ModelFacts, Variant
+from tuner.interfaces.memory import MemoryPlan
+from tuner.model.placing import RunMemory
+from tuner.plugins.loader import load_plugins
+from tuner.train import advise, costs
+from tuner.train.costs import Job
+from tuner.train.footprint import Trained, measure
+from tuner.train.machine import GIB, find_machine
+from tuner.train.plan import ModelPlan, Plan, make_plan
+from tuner_ltxvideo2.family import LTX2Family, block_counts
+from tuner_ltxvideo2.loading import empty_part
+from tuner_ltxvideo2.options import LTX2Options
+from tuner_ltxvideo2.transformer import drop_unused, skip_for
+
+Capture = pytest.CaptureFixture[str]
+CPU = torch.device("cpu")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to plan for")
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+def test_the_table_has_every_combination_and_nothing_is_written(project: Project, capsys: Capture) -> None:
+    config = project.config()
+    before = everything(project.folder)
+    assert project.tuner("plan", "--config", config, "--gpu_memory", "24GiB", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert everything(project.folder) == before
+    rows = answer["rows"]
+    assert answer["machine"]["memory"] == 24 * GIB and answer["work"].startswith("2 x 64x64x9 (largest bucket), video + audio")
+    seen = {(row["residency"], row["precision"], row["checkpointing"], tuple(row["changes"].items())) for row in rows}
+    assert len(seen) == len(rows)
+    assert {row["residency"] for row in rows} >= {"resident", "group_offload", "block_swap", "ramtorch"}
+    assert {row["checkpointing"] for row in rows} == {"none", "all"}
+    precisions = [row["precision"] for row in rows if row["residency"] == "resident" and row["checkpointing"] == "all"]
+    assert precisions[0] == "no_change" and {name.partition("-")[0] for name in precisions[1:]} == {"int8", "int4"}
+    assert all(row["fits"] and row["device_bytes"] > sum(row["device_parts"].values()) for row in rows)
+    (current,) = [row for row in rows if row["current"]]
+    assert (current["residency"], current["precision"], current["checkpointing"]) == ("resident", "no_change", "all")
+    assert current["changes"] == {}
+
+
+def test_the_first_rows_keys_are_written(project: Project, capsys: Capture) -> None:
+    config = project.config(gradient_checkpointing=True, musubi_blocks_to_swap=0, seed=7)
+    arguments = ["plan", "--config", config, "--gpu_memory", "24GiB", "--shape", "64x64x9", "--apply", config]
+    names = list(json.loads(config.read_text()))
+    assert project.tuner(*arguments) == 0
+    shown = capsys.readouterr().out
+    assert "gradient_checkpointing: true -> false" in shown and "2 x 64x64x9 (asked for), video + audio" in shown
+    content = json.loads(config.read_text())
+    assert list(content) == names and content["gradient_checkpointing"] is False and content["seed"] == 7
+    assert project.tuner(*arguments) == 0
+    assert "holds this already" in capsys.readouterr().out
+    assert project.tuner(*arguments, "--gradient_checkpointing", "true") == 2
+    assert "a flag sets it and wins over" in capsys.readouterr().err
+    config.write_text(config.read_text().replace('"seed": 7', '"seed": 7, "--gradient-checkpointing": false'))
+    assert project.tuner(*arguments) == 2
+    assert "gradient_checkpointing: is given more than once" in capsys.readouterr().err
+
+
+@needs_no_gpu
+def test_what_cannot_be_planned(project: Project, capsys: Capture) -> None:
+    config = project.config()
+    quick = ["plan", "--config", config, "--shape", "64x64x9"]
+    for arguments, code, words in (
+        (["--gpu_memory", "500MiB"], 5, "nothing fits into 0.5 GiB;"),
+        (["--gpu_memory", "twenty"], 2, "gpu_memory: is no size of memory (got 'twenty')"),
+        ([], 3, "give a size, such as --gpu_memory 24GiB"),
+        (["--gpu_memory", "24", "--shape", "65x64x9"], 2, "shape: is no width x height x frames in steps of 32 pixels"),
+    ):
+        assert project.tuner(*quick, *arguments) == code
+        assert words in capsys.readouterr().err
+    assert project.tuner("plan", "--gpu_memory", "24GiB") == 2
+    assert "no model family was chosen" in capsys.readouterr().err
+
+
+def test_a_host_that_is_too_small_leaves_what_stays_on_the_device(project: Project, capsys: Capture) -> None:
+    host = ["--gpu_memory", "24GiB", "--host_memory", "0.01MiB", "--shape", "64x64x9"]
+    assert project.tuner("plan", "--config", project.config(musubi_blocks_to_swap=2), *host) == 0
+    shown = capsys.readouterr().out
+    assert "not possible: enable_group_offload:" in shown and "host memory are needed" in shown
+    rows = [line for line in shown.splitlines() if "GiB  " in line]
+    assert '"musubi_blocks_to_swap": 0' in rows[0] and "resident" in rows[0]
+    assert all("resident" in row for row in rows if not row.startswith("*!"))
+
+
+# --- what a run says -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def plan(project: Project) -> Plan:
+    registry = load_plugins()
+    return make_plan(registry, resolve(registry.option_types, config_file=project.config()), CPU)
+
+
+def test_a_run_predicts_its_peak_and_says_what_would_fit(
+    project: Project, plan: Plan, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = find_machine(CPU, 24 * GIB)
+    assert advise.forecast(plan) is None  # a processor has no memory of its own
+    found = advise.forecast(plan, large)
+    assert found is not None and found.notices == () and found.row.current
+    assert "of 24.0 GiB on the device (block weights" in found.describe()
+    tight = replace(large, memory=found.row.needs() - (4 << 20))
+    told = advise.remedy(plan, tight)
+    assert told.startswith("this would fit: ") and "predicted" in told
+    monkeypatch.setattr("tuner.train.plan.forecast", lambda plan: advise.forecast(plan, tight))
+    assert project.tuner("train", "--config", project.config(), "--dry-run") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "memory predicted" in shown and "notice: the device's memory is predicted to be" in shown
+    assert project.tuner("train", "--config", project.config(), "--dry-run", "--strict") == 2
+    assert "too small" in capsys.readouterr().err
+
+
+def test_a_family_without_a_skeleton_is_trained_without_a_forecast(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advise, "MEASURED", {})
+    monkeypatch.setattr(LTX2Family, "empty", lambda *_: None)
+    machine = find_machine(CPU, GIB)
+    assert advise.forecast(plan, machine) is None and advise.remedy(plan, machine) == ""
+    there = replace(plan, context=replace(plan.context, device=torch.device("cuda", 7)))
+    error = advise.full_device(there, torch.OutOfMemoryError("full"), "loading the model")
+    assert (error.exit_code, error.where, error.remedy) == (5, "loading the model", advise.PLAIN_REMEDY)
+
+
+def test_a_full_device_is_told_with_its_place(project: Project, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, fails_after = 0, (0, False)
+    call_block, load = LTX2Family.call_block, LTX2Family.load
+
+    def failing_block(self: LTX2Family, block: nn.Module, state: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > fails_after[0] and torch.is_grad_enabled() == fails_after[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nmore")
+        return call_block(self, block, state)
+
+    def failing_load(self: LTX2Family, *arguments: Any) -> nn.Module:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(LTX2Family, "call_block", failing_block)
+    # Eight calls a step: four blocks forward, without a graph, and recomputed with one.
+    for where, loads, calls_and_graph in (
+        ("loading the model", failing_load, (0, False)),
+        ("step 2, batch of 2 x 64x64x9, forward", load, (8, False)),
+        ("step 1, batch of 2 x 64x64x9, backward", load, (0, True)),
+    ):
+        calls, fails_after = 0, calls_and_graph
+        monkeypatch.setattr(LTX2Family, "load", loads)
+        assert project.train(max_train_steps=2, train_audio=False) == 5
+        error = capsys.readouterr().err
+        assert f"error: {where}: the device ran out of memory: CUDA out of memory." in error and advise.PLAIN_REMEDY in error
+        assert project.events("failed")[-1]["error"] == "OutOfMemoryError"
+
+
+# --- the real model --------------------------------------------------------------------------------------------------
+class Released(LTX2Family):
+    """LTX-2.0 at its real size, without a file; adapters as the measured runs had them."""
+
+    def empty(self, source: Any, streams: Sequence[str], dtype: torch.dtype, blocks: int = 0) -> nn.Module:
+        model = empty_part("transformer", Variant("ltxvideo2", "2.0", {"transformer": {**TRANSFORMER_20, "num_layers": blocks}}))
+        drop_unused(model, streams)
+        return nn.Module.to(model, dtype).requires_grad_(False)
+
+    def adapter_targets(self, model: nn.Module, streams: Sequence[str]) -> list[str]:
+        return [name for name in super().adapter_targets(model, streams) if "attn" in name]
+
+
+def released(streams: tuple[str, ...], shape: ClipShape, batch_size: int, ways: Sequence[bool]) -> Job:
+    registry = load_plugins()
+    settings = resolve(registry.option_types, flags={"optimizer": "adamw", "cuda_graphs": "off"}, environ={})
+    context = BuildContext(CPU, torch.bfloat16, 0, 0, Path())
+    family = Released(LTX2Options(), context)
+    model = ModelPlan(registry, settings, family, "ltxvideo2", cast(Any, None), context, RunMemory())
+    skip = skip_for(streams)
+    stored = {name: header for name, header in headers("2.0")["transformer"].items() if not skip(name)}
+    counts = block_counts(stored)
+    facts = ModelFacts(Variant("ltxvideo2", "2.0", RELEASES["2.0"]), 0, len(counts), 2 * max(counts.values()), 0, 0)
+    asked = Trained(streams, shape, batch_size, AdapterSettings(lora_rank=32))
+    footprints = measure(family, cast(Any, None), facts, asked, [FlowMatchingLoss(name) for name in streams], torch.bfloat16, ways)
+    return Job(model, facts, footprints, costs.optimizer_cost(model))
+
+
+def peak(job: Job, way: str) -> float:
+    """GiB, with all weights on the device."""
+    plan = MemoryPlan(job.facts.block_bytes * job.facts.blocks, 0, 0, 0, 0.0, "")
+    return sum(costs.peak_parts(job, costs.footprint(job, way), plan, costs.plain()).values()) / GIB
+
+
+def test_the_released_model_takes_what_was_measured() -> None:
+    """torch.cuda.max_memory_allocated on one H200: rank 32, AdamW with float32 masters, steps carried out plainly."""
+    both, head, long = ("video", "audio"), ClipShape(832, 480, 17, 25.0, 17 / 25), ClipShape(768, 512, 121, 25.0, 121 / 25)
+    job = released(both, head, 2, (True, False))
+    assert peak(job, "all") == pytest.approx(39.9, rel=0.02)
+    assert peak(job, "none") == pytest.approx(72.0, rel=0.02)
+    step = job.footprints[True]
+    assert step.trained_weights == 213_909_504
+    # Counted by hand for this work: 143 TFLOP, and 217 with recomputation.
+    every, none = (costs.footprint(job, way) for way in ("all", "none"))
+    for found, counted in ((every, 217e12), (none, 143e12)):
+        flops = (found.forward_work.flops + found.backward_work.flops) * 48 + found.other_work.flops
+        assert flops == pytest.approx(counted, rel=0.03)
+    assert peak(released(both, long, 1, (True,)), "all") == pytest.approx(43.3, rel=0.03)
+    assert peak(released(("video",), head, 2, (True,)), "all") == pytest.approx(27.3, rel=0.02)
