@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,21 @@ def test_gradients_equal_plain_autograd(recomputed: tuple[int, ...], audio: bool
     runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=Checkpointing(frozenset(recomputed)), session=session)
     assert_equal(gradients(net, net.exit(runner.run(net.enter(*inputs(audio))))), expected)
     assert expected
+
+
+def test_what_is_recomputed_and_who_watches_changes_no_bit() -> None:
+    """In float32, and of what all blocks share too: text, modulation, tokens with a tap."""
+    net, given = model().float(), [tensor.float() for tensor in inputs() if tensor is not None]
+    found = []
+    taps = [Tap("middle", 1, "video"), Tap("other", 2, "audio")]
+    for recomputed, session in itertools.product(((), (1, 3), range(DEPTH)), (None, Journal())):
+        policy = Checkpointing(frozenset(recomputed))
+        runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=policy, session=session, taps=taps)
+        final = runner.run(net.enter(*given))
+        extra = sum(value.hidden.sin().sum() for value in runner.tapped.values()) + final.shared["text"].square().sum()
+        found.append(gradients(net, net.exit(final), extra))
+    assert len(found[0]) == len(list(net.parameters()))
+    assert all(torch.equal(each[name], found[0][name]) for each in found for name in found[0])
 
 
 def select(keep: Tensor) -> tuple[Transform, Transform]:

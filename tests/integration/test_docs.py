@@ -35,7 +35,7 @@ PATTERNS = (
     "README.md", "CONTRIBUTING.md", "docs/README.md", "docs/tutorial/*.md", "docs/guides/*.md", "core/README.md", "plugins/*/README.md",
 )  # fmt: skip
 PAGES = sorted({str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern)})
-LINKED = (*PATTERNS, "docs/**/*.md", "examples/*/*.md", "benchmarks/*.md", "core/CHANGELOG.md", "plugins/*/CHANGELOG.md")
+LINKED = (*PATTERNS, "docs/**/*.md", "examples/*.md", "examples/*/*.md", "benchmarks/*.md", "core/CHANGELOG.md", "plugins/*/CHANGELOG.md")
 
 NOT_RUN = {
     r"(\S+/)?pip install ": "installs packages; the suite runs on an installation",

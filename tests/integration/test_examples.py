@@ -6,11 +6,13 @@ and a held-out clip change no bit, 8-bit weights little, and whatever is given o
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,19 +135,31 @@ def train(project: Project, name: str, *flags: str, steps: int = 2) -> int:
 Losses = list[Mapping[str, float]]
 
 
-def losses(project: Project, name: str) -> Losses:
-    """Stream -> loss, for each step."""
-    return [{key: row[key] for key in ("loss/video", "loss/audio") if key in row} for row in project.metrics(f"output/{name}")]
+@dataclass(frozen=True)
+class Trained:
+    """What an example printed, and stream -> loss for each step."""
+
+    shown: str
+    losses: Losses
+
+
+def trained(project: Project, name: str) -> Trained:
+    """Trains an example as it is expected to be."""
+    expected, printed = EXPECTED[name], io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert train(project, name, *expected.flags, steps=expected.steps) == 0
+    rows = project.metrics(f"output/{name}")
+    assert len(rows) == expected.steps
+    losses = [{key: row[key] for key in ("loss/video", "loss/audio") if key in row} for row in rows]
+    return Trained(" ".join(printed.getvalue().split()), losses)
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path, tiny: TinyPaths) -> Iterator[Losses]:
-    """The losses of the example `video`."""
+def video(folder: Path, tiny: TinyPaths) -> Trained:
+    """The example that others are compared with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        project = Project(folder, tiny)
-        assert train(project, "video", "--output_dir", "output/reference") == 0
-        yield losses(project, "reference")
+        return trained(Project(folder, tiny), "video")
 
 
 def adapter(name: str) -> tuple[frozenset[str], Mapping[str, str]]:
@@ -156,6 +170,7 @@ def adapter(name: str) -> tuple[frozenset[str], Mapping[str, str]]:
 
 
 def check_losses(found: Losses, expected: Expected, reference: Losses) -> None:
+    """Of the right streams, finite, and beside those of `video` as expected."""
     streams = {key.removeprefix("loss/") for row in found for key in row}
     assert streams == set(expected.streams.split()) and all(math.isfinite(loss) for row in found for loss in row.values())
     if expected.like_video == "same":
@@ -168,21 +183,23 @@ def check_losses(found: Losses, expected: Expected, reference: Losses) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_example_trains(name: str, there: Project, reference: Losses, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_trains(name: str, there: Project, video: Trained) -> None:
     expected = EXPECTED[name]
-    capsys.readouterr()
-    assert train(there, name, *expected.flags, steps=expected.steps) == 0, capsys.readouterr().err
-    shown = capsys.readouterr().out
-    assert [pattern for pattern in expected.says if not re.search(pattern, " ".join(shown.split()))] == []
+    run = video if name == "video" else trained(there, name)
+    assert [pattern for pattern in expected.says if not re.search(pattern, run.shown)] == []
     assert there.events("started", f"output/{name}")[0]["notices"] == []
-    found = losses(there, name)
-    assert len(found) == expected.steps
-    check_losses(found, expected, reference)
+    check_losses(run.losses, expected, video.losses)
     if not expected.layers:
         assert Path("output", name, "transformer.safetensors").is_file()
         return
     layers, metadata = adapter(name)
     assert layers == expected.layers and (expected.facts or {}).items() <= metadata.items()
+
+
+def test_an_example_is_planned_at_its_own_size_and_with_its_sample(there: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    config = "examples/configs/video.json"
+    assert there.tuner("train", "--dry-run", "--config", config, "--model_flavour", "tiny", "--output_dir", "output/planned") == 0
+    assert "608x416@17 (2)" in capsys.readouterr().out
 
 
 def test_every_example_is_expected_listed_and_uses_a_dataset_of_its_own_folder() -> None:

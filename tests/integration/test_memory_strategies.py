@@ -44,17 +44,17 @@ STRATEGIES: Mapping[str, Keys] = {
     "3 swapped": {"musubi_blocks_to_swap": 3},
     "RamTorch": {"ramtorch": True},
     "RamTorch, half": {"ramtorch": True, "ramtorch_transformer_percent": 50},
-    "RamTorch, names": {"ramtorch": True, "ramtorch_target_modules": "*.attn2.*, ff.*"},
+    "RamTorch, names": {"ramtorch": True, "ramtorch_target_modules": "blocks.2.*, *.ff.*"},
 }
 REGULARIZED: Keys = {"brightness_weight": 0.5, "dim_by": 0.25, "shrink_weight": 0.1}
 INT8: Keys = {"base_model_precision": "int8-torchao"}
 KEPT: Keys = {**INT8, "gradient_checkpointing": False}
 ACCUMULATED: Keys = {**INT8, "gradient_accumulation_steps": 2}
 QUANTIZED: Mapping[str, Keys] = {
-    **dict.fromkeys(STRATEGIES, INT8), "groups of 2": KEPT, "3 swapped": KEPT, "groups with a stream": ACCUMULATED, "RamTorch, half": KEPT,
+    "groups with a stream": ACCUMULATED, "groups on disk": KEPT, "leaves": INT8, "3 swapped": KEPT, "RamTorch": INT8, "RamTorch, half": KEPT,
 }  # fmt: skip
-"""What every strategy is tried with beside regularizers."""
-PAIRS = [(name, case) for name in STRATEGIES for case in (REGULARIZED, QUANTIZED[name])]
+"""What strategies are tried with beside regularizers; the others share all that matters here with these."""
+PAIRS = [(name, REGULARIZED) for name in STRATEGIES] + list(QUANTIZED.items())
 
 
 @dataclass

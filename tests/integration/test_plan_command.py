@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ from tuner.train.costs import Job
 from tuner.train.footprint import Trained, measure
 from tuner.train.machine import GIB, find_machine
 from tuner.train.plan import ModelPlan, Plan, make_plan
-from tuner_ltxvideo2.family import LTX2Family, block_counts
+from tuner_ltxvideo2.family import LTX2Family, block_counts, linear_layers
 from tuner_ltxvideo2.loading import empty_part
 from tuner_ltxvideo2.options import LTX2Options
 from tuner_ltxvideo2.transformer import drop_unused, skip_for
@@ -191,17 +191,29 @@ def released(streams: tuple[str, ...], shape: ClipShape, batch_size: int, ways: 
     model = ModelPlan(registry, settings, family, "ltxvideo2", cast(Any, None), context, RunMemory())
     skip = skip_for(streams)
     stored = {name: header for name, header in headers("2.0")["transformer"].items() if not skip(name)}
-    counts = block_counts(stored)
-    facts = ModelFacts(Variant("ltxvideo2", "2.0", RELEASES["2.0"]), 0, len(counts), 2 * max(counts.values()), 0, 0)
+    counts, layers = block_counts(stored), linear_layers(stored, "0")
+    facts = ModelFacts(
+        Variant("ltxvideo2", "2.0", RELEASES["2.0"]), 0, len(counts), 2 * max(counts.values()), 0, 0,
+        linear_shapes=tuple(layers.values()), linear_names=tuple(layers),
+    )  # fmt: skip
     asked = Trained(streams, shape, batch_size, AdapterSettings(lora_rank=32))
     footprints = measure(family, cast(Any, None), facts, asked, [FlowMatchingLoss(name) for name in streams], torch.bfloat16, ways)
     return Job(model, facts, footprints, costs.optimizer_cost(model))
 
 
-def peak(job: Job, way: str) -> float:
-    """GiB, with all weights on the device."""
-    plan = MemoryPlan(job.facts.block_bytes * job.facts.blocks, 0, 0, 0, 0.0, "")
-    return sum(costs.peak_parts(job, costs.footprint(job, way), plan, costs.plain()).values()) / GIB
+def peak(job: Job, way: str, precision: str = "no_change", keys: Mapping[str, object] | None = None) -> float:
+    """GiB of a step with weights of that precision, resident or held as `keys` say."""
+    chosen = costs.plain()
+    if precision != "no_change":
+        component = job.model.registry.component("quantizer", precision)
+        chosen = costs.probe(component.load()(job.model.settings.get(component.options), job.model.context))  # type: ignore[operator]
+    facts = costs.memory_facts(job, chosen, way)
+    plan = MemoryPlan(sum(facts.block_bytes), 0, 0, 0, 0.0, "")
+    for component in job.model.registry.components("memory_strategy") if keys else ():
+        options = component.options(**keys) if set(keys or ()) <= set(component.options.model_fields) else component.options()
+        if options.enabled():
+            plan = component.load()(options, job.model.context).plan(facts)  # type: ignore[operator]
+    return sum(costs.peak_parts(job, costs.footprint(job, way), plan, chosen).values()) / GIB
 
 
 def test_the_released_model_takes_what_was_measured() -> None:
@@ -217,5 +229,17 @@ def test_the_released_model_takes_what_was_measured() -> None:
     for found, counted in ((every, 217e12), (none, 143e12)):
         flops = (found.forward_work.flops + found.backward_work.flops) * 48 + found.other_work.flops
         assert flops == pytest.approx(counted, rel=0.03)
-    assert peak(released(both, long, 1, (True,)), "all") == pytest.approx(43.3, rel=0.03)
-    assert peak(released(("video",), head, 2, (True,)), "all") == pytest.approx(27.3, rel=0.02)
+    group = {"enable_group_offload": True, "group_offload_use_stream": True}
+    assert peak(job, "all", keys=group) == pytest.approx(6.85, rel=0.04)
+    assert peak(job, "all", "int8-torchao", group) == pytest.approx(6.19, rel=0.04)
+    replayed = replace(job, graphs=True)
+    assert peak(replayed, "all") == pytest.approx(40.76, rel=0.02)
+    assert peak(replayed, "all", "int8-torchao") == pytest.approx(23.59, rel=0.02)
+    assert peak(replayed, "all", "int8-torchao", group) == pytest.approx(7.03, rel=0.04)
+    assert peak(replayed, "all", keys={"ramtorch": True}) == pytest.approx(6.76, rel=0.04)
+    far = released(both, long, 1, (True,))
+    assert peak(far, "all") == pytest.approx(43.3, rel=0.03)
+    assert peak(replace(far, graphs=True), "all") == pytest.approx(43.56, rel=0.02)
+    video = released(("video",), head, 2, (True,))
+    assert peak(video, "all") == pytest.approx(27.3, rel=0.02)
+    assert peak(video, "all", keys=group) == pytest.approx(4.34, rel=0.04)

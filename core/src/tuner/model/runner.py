@@ -149,9 +149,11 @@ class BlockRunner(BlockFunction):
 
         Gradients add up as in the walk over tapes, bit for bit: those of a node's uses first, then of one node after the other.
         """
-        state = _replace(state, _aliases(state))
+        return _apart(state, self._run_chain)
+
+    def _run_chain(self, state: BlockState) -> BlockState:
         for node in self._chain:
-            state = _apply_apart(node, state)
+            state = _apart(state, node.apply)
             for tap in self._taps_after(node, state):
                 stream = state.streams[tap.stream]
                 self.tapped[tap.name] = TapValue(stream.hidden, stream.grid, stream.token_ids)
@@ -334,15 +336,14 @@ def _differentiate(node: _Node, state: BlockState, needs: frozenset[Key]) -> tup
     return leaves, outputs, _replace(after, plain)
 
 
-def _aliases(state: BlockState) -> dict[Key, Tensor]:
-    """The tensors that want a gradient, each as a view: autograd sums up all uses of a view before it goes on to what is behind it."""
-    return {key: tensor.view_as(tensor) for key, tensor in _tensors(state).items() if tensor.requires_grad}
+def _apart(state: BlockState, apply: Callable[[BlockState], BlockState]) -> BlockState:
+    """Runs `apply` on views of its own: autograd sums up all uses of a view before it goes on to what is behind it.
 
-
-def _apply_apart(node: _Node, state: BlockState) -> BlockState:
-    """Runs a node on views of its own; what it leaves unchanged is handed on as it came in."""
-    before, inside = _tensors(state), _aliases(state)
-    after = node.apply(_replace(state, inside))
+    What is left unchanged is handed on as it came in.
+    """
+    before = _tensors(state)
+    inside = {key: tensor.view_as(tensor) for key, tensor in before.items() if tensor.requires_grad}
+    after = apply(_replace(state, inside))
     kept = {key: before[key] for key, tensor in _tensors(after).items() if key in inside and inside[key] is tensor}
     return _replace(after, kept) if kept else after
 

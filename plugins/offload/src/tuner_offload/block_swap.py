@@ -28,10 +28,10 @@ def swapped_blocks(count: int, blocks: int) -> tuple[int, ...]:
 def ring_slots(count: int, blocks: int) -> int:
     """How many slots `count` streamed blocks of `blocks` pass through; the device holds `blocks - count + slots` blocks.
 
-    With three, one block computes, one is there and one is on its way, so that the copies never pause, which matters where nearly
-    all blocks are streamed. Where resident blocks compute between the streamed ones, fewer do, and each slot less saves a block.
+    With two, one block computes while the next one comes: on an H200 that reached the link's limit with every block streamed. Where
+    several resident blocks compute between two streamed ones, one slot is enough.
     """
-    enough = 1 if 4 * count <= blocks else 2 if 2 * count <= blocks else 3
+    enough = 1 if 4 * count <= blocks else 2
     return max(1, min(count - 1, enough))
 
 
