@@ -86,7 +86,7 @@ def cases(blocks: int) -> list[Case]:
         Case(
             "group offload with a stream, bf16", GROUPS,
             limits={"head": bf16, "121f": Limits(12, 1.2, 1.2), "video": Limits(7, 1.1, 1.1)},
-        ),  # fmt: skip
+        ),
         Case("RamTorch, bf16", {"ramtorch": "true"}, 3, {"head": Limits(8, 1.25, 1.25)}),
         Case(f"Musubi block swap of {blocks - 1}, bf16", swap, limits={"head": bf16}),
     ]

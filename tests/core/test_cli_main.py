@@ -75,6 +75,10 @@ class TestExitCodes:
         assert run(arguments) == 2
         assert "Usage:" in capsys.readouterr().err
 
+    def test_a_misspelt_command_is_answered_with_the_nearest(self, capsys):
+        assert run(["trian"]) == 2
+        assert "No such command 'trian'. Did you mean 'train'?" in capsys.readouterr().err
+
     def test_done(self, capsys):
         assert run(["--version"]) == 0
         assert capsys.readouterr().out == f"tuner, version {tuner.__version__}\n"

@@ -79,7 +79,7 @@ def test_what_is_recomputed_and_who_watches_changes_no_bit() -> None:
         policy = Checkpointing(frozenset(recomputed))
         runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=policy, session=session, taps=taps)
         final = runner.run(net.enter(*given))
-        extra = sum(value.hidden.sin().sum() for value in runner.tapped.values()) + final.shared["text"].square().sum()
+        extra = torch.stack([value.hidden.sin().sum() for value in runner.tapped.values()]).sum() + final.shared["text"].square().sum()
         found.append(gradients(net, net.exit(final), extra))
     assert len(found[0]) == len(list(net.parameters()))
     assert all(torch.equal(each[name], found[0][name]) for each in found for name in found[0])

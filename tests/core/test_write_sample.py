@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tuner.data.media import decode_audio
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, DiskError, NumericError
 from tuner.interfaces.encoders import AudioClip
 from tuner.interfaces.family import Generated
 from tuner.train.validate import write_sample
@@ -23,6 +23,19 @@ def test_sound_alone_becomes_a_wav_with_every_sample(channels: int, tmp_path: Pa
     read = decode_audio(written, seconds=0.2, sample_rate=24000, channels=channels)
     assert read is not None and read.valid_samples == 4800
     torch.testing.assert_close(read.samples, samples.clamp(-1, 1), atol=1 / 32000, rtol=0)
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("a file, no folder")
+    with pytest.raises(DiskError, match="the clip cannot be written"):
+        write_sample(Generated(None, AudioClip(torch.zeros(1, 480), 24000, 480), {}), tmp_path / "notes.txt" / "sample.mp4")
+
+
+def test_what_is_not_finite_is_no_clip(tmp_path: Path) -> None:
+    sound = AudioClip(torch.full((1, 480), torch.nan), 24000, 480)
+    for generated in (Generated(None, sound, {}), Generated(None, None, {"video": torch.tensor([torch.inf])})):
+        with pytest.raises(NumericError, match="not finite"):
+            write_sample(generated, tmp_path / "sample.mp4")
 
 
 def test_nothing_cannot_be_written(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def test_export_and_sample_say_where_they_wrote(project: Project, capsys: Captur
     shown = capsys.readouterr()
     assert shown.out.strip() == "new/clip.mp4" and "70x64 -> 64x64" in shown.err
     assert (probe(Path("new/clip.mp4")).width, probe(Path("new/clip.mp4")).has_audio) == (64, True)
+    assert project.tuner(*sample, "--lora", "out", "--no-sound", "-o", "silent.mp4") == 0, "its layers for sound are left out"
+    assert not probe(Path("silent.mp4")).has_audio
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -70,6 +69,15 @@ class SmallFamily(LTX2Family):
         return cast(MixingModel, model).block_set()
 
 
+@pytest.fixture(autouse=True)
+def only_new_objects() -> Iterator[None]:
+    """What was there before the test is neither searched for garbage nor counted, which takes most of the time otherwise."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, tiny: TinyPaths) -> Project:
     folder = tmp_path_factory.mktemp("growth")
@@ -119,7 +127,24 @@ def alive() -> tuple[Counter[tuple[int, ...]], int, int]:
     """Tensors by shape, threads, open files."""
     gc.collect()
     shapes = Counter(tuple(found.shape) for found in gc.get_objects() if issubclass(type(found), Tensor))
-    return shapes, threading.active_count(), len(os.listdir("/dev/fd"))
+    return shapes, threading.active_count(), len(list(Path("/dev/fd").iterdir()))
+
+
+def trained(plan: Plan, dataset: TrainingSet) -> tuple[list[object], list[float]]:
+    """What is alive, and how many loads there were, after each of the steps `WATCHED`. Nothing of it is left when it returns."""
+    assembly = assembled(plan)
+    counted: list[object] = []
+    loads: list[float] = []
+
+    def watch(step: int, row: Mapping[str, float]) -> None:
+        if step in WATCHED:
+            counted.append(alive())
+            loads.append(assembly.session.stats()["loads"])
+
+    with StopRequests(lambda text: None) as stops:
+        assert ShortLoop(plan, assembly, dataset, watch, lambda step: None, stops).run() == STEPS
+    assembly.detach()
+    return counted, loads
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -130,19 +155,9 @@ def test_two_hundred_steps_leave_nothing_behind(name: str, project: Project, mon
     summary = encode_dataset(plan, Silence())
     train = plan.settings.get(TrainSettings)
     dataset = TrainingSet(summary.manifest, plan.encoders, train.train_batch_size, train.seed, 0.0)
-    gc.collect()
-    outside = threading.active_count(), len(os.listdir("/dev/fd"))
-    assembly, counted, loads = assembled(replace(plan, manifest=summary.manifest)), [], []
-
-    def watch(step: int, row: Mapping[str, float]) -> None:
-        if step in WATCHED:
-            counted.append(alive())
-            loads.append(assembly.session.stats()["loads"])
-
-    with StopRequests(lambda text: None) as stops:
-        assert ShortLoop(plan, assembly, dataset, watch, lambda step: None, stops).run() == STEPS
+    _, *outside = alive()
+    counted, loads = trained(replace(plan, manifest=summary.manifest), dataset)
     assert len(counted) == len(WATCHED) and all(found == counted[0] for found in counted)
     assert loads[1] - loads[0] == loads[2] - loads[1] > 0
-    assembly.detach()
-    gc.collect()
-    assert (threading.active_count(), len(os.listdir("/dev/fd"))) == outside and not list(Path("disk").glob("*/*"))
+    _, *afterwards = alive()
+    assert afterwards == outside and not list(Path("disk").glob("*/*"))

@@ -94,11 +94,8 @@ def test_clips_train(config: list[str], flags: tuple[str, ...], memory: str, the
     entries = json.loads(DATASET.read_text())
     entries[0]["resolution"] = 64
     DATASET.write_text(json.dumps(entries))
-    out = f"output/{memory}"
-    assert (
-        there.tuner("train", "--config", configuration(*config, without="ramtorch" if config else ""), "--output_dir", out, *SMALL, *flags)
-        == 0
-    )
+    out, path = f"output/{memory}", configuration(*config, without="ramtorch" if config else "")
+    assert there.tuner("train", "--config", path, "--output_dir", out, *SMALL, *flags) == 0
     assert re.search(rf"64x64@57 .* {memory}: ", shown(capsys))
     check_run(there, out, {"video", "audio"})
 

@@ -177,7 +177,8 @@ def test_sound_is_fitted_to_the_picture() -> None:
     ("field", "value", "near"), [("width", 100, "use 96"), ("height", 70, "use 64"), ("height", 32, "use 64"), ("frames", 20, "use 17")]
 )
 def test_impossible_sizes_are_named(field: str, value: int, near: str) -> None:
-    with pytest.raises(ConfigError, match=f"sample {field}.*{value}(?s:.*){near}"):
+    key = "validation_num_video_frames" if field == "frames" else f"validation_resolution: {field}"
+    with pytest.raises(ConfigError, match=f"{key}.*{value}(?s:.*){near}"):
         sampling.check_request(dataclasses.replace(REQUEST, **{field: value}), LTX2Family.geometry)
     sampling.check_request(REQUEST, LTX2Family.geometry)
 

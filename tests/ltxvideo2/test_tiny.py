@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from ltxvideo2.ltx2_flavour import FlavourWritten
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, DiskError
 from tuner.interfaces.encoders import AudioClip, VideoClip
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import WeightSource
@@ -21,6 +21,13 @@ from tuner_ltxvideo2.tiny import TinyPaths, write_tiny
 from tuner_ltxvideo2.video_latents import VideoLatentEncoder
 
 CPU = torch.device("cpu")
+
+
+def test_a_place_where_it_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("a file, no folder")
+    with pytest.raises(DiskError, match="the tiny model cannot be written") as error:
+        write_tiny(tmp_path / "notes.txt" / "models")
+    assert "cache_dir" in error.value.remedy
 
 
 def test_the_flavour_writes_it_and_the_same_seed_gives_the_same_weights(tiny20: TinyPaths, flavour_written: FlavourWritten) -> None:

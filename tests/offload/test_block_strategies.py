@@ -81,8 +81,8 @@ def test_parts_and_keys() -> None:
 def test_the_plan_in_words() -> None:
     plan = swap(47).plan(LTX2)
     assert plan.summary == (
-        "47 of 48 blocks stream through 3, the others stay: 3.1 GB of weights on the device, 36.3 GB page-locked in host memory, "
-        "67.9 GB copied a step; about 22% slower at 6,144 tokens on an H200, less with more tokens"
+        "47 of 48 blocks stream through 2, the others stay: 2.3 GB of weights on the device, 36.3 GB page-locked in host memory, "
+        "69.5 GB copied a step; about 23% slower at 6,144 tokens on an H200, less with more tokens"
     )
     # Measured there: 1.49 s against 1.22 s for bf16, 1.25 s for int8.
     assert 1.216 * (1 + plan.overhead) == pytest.approx(1.49, rel=0.02)
@@ -103,7 +103,7 @@ def test_swapped_blocks_are_spread_evenly(data: st.DataObject) -> None:
     assert len(chosen) == len(set(chosen)) == count and set(chosen) <= set(range(blocks))
     gaps = [after - before for before, after in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
-    assert 1 <= ring_slots(count, blocks) <= 3 and (count == 1 or blocks - count + ring_slots(count, blocks) < blocks)
+    assert 1 <= ring_slots(count, blocks) <= 2 and (count == 1 or blocks - count + ring_slots(count, blocks) < blocks)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ WAYS = {
     "groups of 2 in line": Way(grouped(2, stream=False), 3, 1),
     "groups on disk": Way(grouped(1, stream=True), 5, 2, disk=True),
     "2 swapped": Way(BlockSwapOptions(musubi_blocks_to_swap=2), 2, 1),
-    "all but one swapped": Way(BlockSwapOptions(musubi_blocks_to_swap=DEPTH - 1), 4, 3),
+    "all but one swapped": Way(BlockSwapOptions(musubi_blocks_to_swap=DEPTH - 1), 4, 2),
 }
 
 

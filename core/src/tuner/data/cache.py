@@ -109,7 +109,8 @@ class RecordCache:
 
     def _drop(self, path: Path, reason: str) -> None:
         log.warning("damaged cache entry %s is treated as missing and will be encoded anew: %s", path, reason)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
     def _damaged(self, path: Path, reason: str) -> MissingRecord:
         self._drop(path, reason)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -77,7 +77,8 @@ def _whole(path: Path, layout: str) -> Iterator[OutputContainer]:
     except OSError as error:
         raise DiskError(f"the clip cannot be written: {error.strerror or error}", where=str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _write_streams(container: OutputContainer, video: VideoClip, sound: AudioClip | None) -> None:

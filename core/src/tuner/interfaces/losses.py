@@ -6,16 +6,17 @@ Dimensions: B samples, S tokens, D channels.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from tuner.errors import TunerError
 from tuner.interfaces.blocks import BlockSet, BlockState
 from tuner.interfaces.encoders import LatentEncoder
-from tuner.interfaces.family import Batch, Noise, Prediction
+from tuner.interfaces.family import Batch, ClipShape, Noise, Prediction
 
 if TYPE_CHECKING:
     from tuner.interfaces.family import BuildContext
@@ -91,14 +92,71 @@ class Tap:
     stream: str
 
 
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a regularizer can be checked against before anything is loaded."""
+
+    blocks: int
+    """Of the transformer."""
+    trained_blocks: tuple[int, ...]
+    """Those with weights that are trained, ascending."""
+    streams: tuple[str, ...]
+    """Those that are computed."""
+    learned_streams: tuple[str, ...]
+    """Those of them that have a loss."""
+    shapes: tuple[ClipShape, ...]
+    """The different shapes of the items that are trained on."""
+    full_finetuning: bool
+    datasets: tuple[str, ...] = ()
+    """Ids of the datasets that are trained on."""
+
+
+@dataclass(frozen=True)
+class ExtraPass:
+    """What a forward pass beside the step's own gives; without a graph."""
+
+    prediction: Prediction
+    taps: Mapping[str, TapValue]
+
+
+class ForwardPasses(ABC):
+    """Forward passes beside the step's own, for teachers: without gradients, transforms and dropout. The core implements it.
+
+    Only from `Regularizer.begin_step`, where no pass is under way: streamed weights come and go in one order.
+    """
+
+    @abstractmethod
+    def run(
+        self, batch: Batch, noise: Noise, *, adapter: bool = True, weights: Mapping[str, Tensor] | None = None, taps: Sequence[Tap] = ()
+    ) -> ExtraPass:
+        """`adapter` False: the base model alone. `weights`: used in place of the trained ones of the same names, for this pass.
+
+        Raises `ValueError` for `adapter` False where every weight is trained, for weights of other names or shapes, and during a step.
+        """
+
+    @abstractmethod
+    def trained(self) -> Mapping[str, Tensor]:
+        """The model's trained weights by name, in full precision: live, to be read only. Modules of regularizers are not among them."""
+
+
 class Regularizer(ABC):
     """A training technique: one object, asked once what it needs and then called through plain methods."""
 
     name: str
+    capturable: ClassVar[bool] = False
+    """Whether a CUDA graph may replay what it does between `begin_step` and `after_step`: device work alone, reading per step only tensors
+    of its own that `begin_step` writes in place, the same objects for batches of the same shapes and the same `graph_key`."""
+
+    def check(self, facts: TrainingFacts) -> Sequence[TunerError]:
+        """What speaks against it in this run, naming the keys. Called while planning; all problems are shown together."""
+        return ()
 
     @abstractmethod
     def attach(self, blocks: BlockSet, context: BuildContext) -> None:
         """Called once, after adapters and memory strategy. Resolves block indices; raises `ConfigError` that names the key."""
+
+    def connect(self, passes: ForwardPasses) -> None:
+        """Called once, when everything is built: for who needs forward passes beside the step's own, or the trained weights."""
 
     def encoders(self) -> Sequence[LatentEncoder]:
         """Encoders whose records it wants cached with the latents (a teacher's features)."""
@@ -116,12 +174,20 @@ class Regularizer(ABC):
         """Added to the family's."""
         return ()
 
+    def weigh(self, values: Sequence[LossValue], state: StepState) -> Sequence[LossValue]:
+        """Changes what the terms contribute to the loss, such as samples' weights; all terms, those of plugins too. Not what is logged."""
+        return values
+
     def trainable(self) -> nn.Module | None:
         """A module trained along and saved beside the run, never inside the adapter file."""
         return None
 
     def begin_step(self, step: int, batch: Batch, noise: Noise, generator: torch.Generator) -> None:
-        """Before the forward pass: the place for random draws."""
+        """Before the forward pass of each batch: the place for random draws. `generator`: on the CPU, seeded for this batch."""
+
+    def graph_key(self) -> Hashable:
+        """What of the coming step's work depends on the host, after `begin_step`: one graph is captured for each value."""
+        return None
 
     def after_step(self, step: int) -> None:
         """After the optimizer step."""

@@ -124,6 +124,21 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer) and ADAPTER in module.lora_A}
 
 
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, adapted layers compute W·x alone. Raises `ValueError` for a model without adapters."""
+    layers = adapted_layers(model).values()
+    if not layers:
+        raise ValueError("the model has no adapters to be switched off: all its weights are trained")
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
 @torch.no_grad()
 def _initialise(layer: LoraLayer, name: str, seed: int) -> None:
     """A uniform in ±1/sqrt(in) as peft draws it, B zero, both in the dtype of the base layer's computation."""

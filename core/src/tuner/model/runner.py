@@ -102,6 +102,8 @@ class BlockRunner(BlockFunction):
         self.taps = tuple(taps)
         self.tapped: dict[str, TapValue] = {}
         """Values of the last pass with gradients."""
+        self.under_way = False
+        """Whether a walk forward has begun whose walk back has not ended."""
         self._parameters = [trainable_parameters(block) for block in blocks.blocks]
         self._chain = self._build_chain()
         self.draws = any(isinstance(m, nn.Dropout) and m.p > 0 for block in blocks.blocks for m in block.modules())
@@ -124,9 +126,9 @@ class BlockRunner(BlockFunction):
 
     def run(self, state: BlockState) -> BlockState:
         """The state after the last block; `tapped` holds the taps of this pass. Gradients flow into block parameters."""
-        self.tapped = {}
         if not torch.is_grad_enabled():
-            return self._run_plain(state)
+            return self.observe(state)[0]
+        self.tapped = {}
         if not self.checkpointing.recomputed and type(self.session) is MemorySession:
             return self._run_graph(state)
         tensors = _tensors(state)
@@ -163,22 +165,35 @@ class BlockRunner(BlockFunction):
         """A batch without a stream gives its taps nothing."""
         return [tap for tap in self.taps if tap.block == node.block and tap.stream in state.streams]
 
-    def _run_plain(self, state: BlockState) -> BlockState:
+    @torch.no_grad()
+    def observe(self, state: BlockState, taps: Sequence[Tap] = ()) -> tuple[BlockState, dict[str, TapValue]]:
+        """Runs the blocks alone, without gradients; hands out the given taps, not those of training. `tapped` stays as it is."""
+        found: dict[str, TapValue] = {}
         try:
             self.session.begin_step(len(self.blocks))
             for index in range(len(self.blocks)):
                 self.session.before_forward(index)
                 state = self.call_block(self.blocks.blocks[index], state)
                 self.session.after_forward(index)
+                for tap in taps:
+                    if tap.block == index and tap.stream in state.streams:
+                        stream = state.streams[tap.stream]
+                        found[tap.name] = TapValue(stream.hidden, stream.grid, stream.token_ids)
             self.session.end_step()
         except BaseException:
-            self.session.abort()
+            self.abort()
             raise
-        return state
+        return state, found
+
+    def abort(self) -> None:
+        """A pass ended early, and what is left of it will not be walked back."""
+        self.under_way = False
+        self.session.abort()
 
     # --- forward with gradients ------------------------------------------------------------------------------------
     def forward(self, current: _Pass) -> tuple[Tensor, ...]:
         """Runs the chain and fills `current`; returns the changed tensors of the final state, then the taps."""
+        self.under_way = True
         self.session.begin_step(self._first_backward(current))
         state, needs = current.state, frozenset(current.inputs)
         for node in self._chain:
@@ -277,7 +292,7 @@ class _Stack(torch.autograd.Function):
         try:
             return runner.forward(current)
         except BaseException:
-            runner.session.abort()
+            runner.abort()
             raise
 
     @staticmethod
@@ -286,8 +301,9 @@ class _Stack(torch.autograd.Function):
         try:
             found = runner.backward(ctx.current, gradients)
             runner.session.end_step()
+            runner.under_way = False
         except BaseException:
-            runner.session.abort()
+            runner.abort()
             raise
         return (None, None, None, *found)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,17 +87,16 @@ class Row:
 def rank(rows: Sequence[Row], machine: Machine) -> list[Row]:
     """What fits first, then what is fastest, nearest to the unquantized weights, and moves least. Of the others what lacks least first."""
 
-    def order(row: Row) -> tuple[object, ...]:
-        if row.fits(machine):
-            return 0, round_time(row.seconds), row.error, row.host, row.peak
-        return (2 if row.problem else 1), row.needs(), row.error, row.seconds
-
-    return sorted(rows, key=order)
-
-
-def round_time(seconds: float) -> int:
-    """Equal for times that are as good as equal."""
-    return round(math.log(max(seconds, 1e-9)) / math.log(ALIKE))
+    fitting = sorted((row for row in rows if row.fits(machine)), key=lambda row: row.seconds)
+    starts: list[float] = []
+    alike: dict[int, int] = {}
+    for row in fitting:  # times within `ALIKE` of the fastest of their class count as equal
+        if not starts or row.seconds > starts[-1] * ALIKE:
+            starts.append(row.seconds)
+        alike[id(row)] = len(starts)
+    fitting.sort(key=lambda row: (alike[id(row)], row.error, row.host, row.peak))
+    others = [row for row in rows if id(row) not in alike]
+    return fitting + sorted(others, key=lambda row: (bool(row.problem), row.needs(), row.error, row.seconds))
 
 
 def rows(job: Job, machine: Machine) -> Iterator[Row]:

@@ -26,6 +26,7 @@ from tuner.train import reflexflow
 from tuner.train.execute import Execution, GraphExecution, PlainExecution, reasons_against_graphs
 from tuner.train.masters import MasterWeights
 from tuner.train.noise import NoiseSampler
+from tuner.train.passes import ExtraPasses
 from tuner.train.plan import Plan
 from tuner.train.rollout import NoiseTransform, Rollout
 from tuner.train.schedule import make_schedule
@@ -73,10 +74,14 @@ def assemble(plan: Plan, device: torch.device) -> Assembly:
         taps=[t for r in regularizers for t in r.taps()],
     )
     terms = [*stream_losses(plan), *plan.loss_terms, *(t for r in regularizers for t in r.loss_terms())]
+    own = dict(trained)
     for regularizer in regularizers:
         if (module := regularizer.trainable()) is not None:
             trained += _named(module.to(device), regularizer.name)
-    return _with_optimizer(plan, TrainingModel(family, model, runner, terms), trained, regularizers, session, device)
+    assembly = _with_optimizer(plan, TrainingModel(family, model, runner, terms, regularizers), trained, regularizers, session, device)
+    for regularizer in regularizers:
+        regularizer.connect(ExtraPasses(assembly.training, assembly.masters, own))
+    return assembly
 
 
 def _with_optimizer(

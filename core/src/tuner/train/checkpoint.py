@@ -283,6 +283,11 @@ def read_facts(path: Path) -> dict[str, JSON]:
     return facts
 
 
+def read_step(path: Path) -> int:
+    """After how many steps a checkpoint that `find_checkpoint` gave was saved."""
+    return int(_read_json(path / STATE)["step"])
+
+
 def load_checkpoint(path: Path) -> LoadedCheckpoint:
     """Verifies and reads it. Raises `CheckpointError` naming the damaged file."""
     verify_checkpoint(path)
@@ -350,8 +355,8 @@ def _damaged(file: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{file.name} is damaged: {problem}", where=str(file), remedy="resume from another checkpoint")
 
 
-def _step_in(path: Path) -> str:
+def _step_in(path: Path) -> int:
     match = _FINAL.fullmatch(path.name) or _LEFTOVER.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path.name} is no checkpoint's name")
-    return match[1]
+    return int(match[1])

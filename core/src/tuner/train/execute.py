@@ -89,7 +89,8 @@ class GraphExecution(Execution):
         return len(self._graphs)
 
     def __call__(self, batch: Batch, noise: Noise, step: int, share: float) -> StepResult:
-        shape = (signature(batch), signature(noise), share)
+        keys = tuple(regularizer.graph_key() for regularizer in self.training.regularizers)
+        shape = (signature(batch), signature(noise), share, keys)
         if shape not in self._graphs:
             self._seen[shape] = self._seen.get(shape, 0) + 1
             if self._seen[shape] <= PLAIN_FIRST or len(self._graphs) >= self._limit:
@@ -121,7 +122,7 @@ class GraphExecution(Execution):
                 raise EnvironmentProblem(reason, where="cuda_graphs", remedy="set it to auto, or off") from error
             log.warning("%s; it is carried out plainly", reason)
             self._limit = len(self._graphs)
-            self.training.blocks.session.abort()
+            self.training.blocks.abort()
             self.masters.gather()  # what the attempt left there was never computed
             return None
         self._pool = graph.pool()
@@ -192,8 +193,8 @@ def reasons_against_graphs(runner: BlockRunner, device: torch.device, regularize
     found = []
     if device.type != "cuda":
         found.append(f"the device is {device.type}")
-    if regularizers:
-        found.append(f"{', '.join(r.name for r in regularizers)} draws anew for every step")
+    if drawing := [r.name for r in regularizers if not r.capturable]:
+        found.append(f"{', '.join(drawing)} may do something else in every step")
     if extra_terms:
         found.append("loss terms of plugins may depend on the step's number")
     if runner.draws:

@@ -80,8 +80,13 @@ class Loop:
         return step
 
     def checkpoint(self, step: int) -> None:
-        """Metrics first: weights that are not finite must not replace good ones."""
+        """Weights that are not finite must not replace good ones: neither the losses of the steps nor what the last one left."""
         self.flush()
+        if not self.assembly.masters.are_finite():
+            raise NumericError(
+                f"trained weights are not finite after step {step}", where="weights",
+                remedy="resume from the last checkpoint with a lower learning_rate or max_grad_norm",
+            )  # fmt: skip
         self.save(step)
 
     def prepare(self, index: int) -> Item:

@@ -129,6 +129,11 @@ class MasterWeights:
             torch.nn.utils.clip_grads_with_norm_(self.optimized(), max_norm, total)
         return total
 
+    @torch.no_grad()
+    def are_finite(self) -> bool:
+        """Whether every trained value is a number; waits for the device."""
+        return all(bool(torch.isfinite(master).all()) for master in self.optimized())
+
     def state(self) -> dict[str, Tensor]:
         """The masters by name, in the order given: the live tensors, not copies."""
         found = {name: parameter.detach() for name, parameter in self._own.items()}

@@ -24,6 +24,7 @@ from tuner.interfaces.services import Loader, WeightSource
 from tuner.model.host import free_host_memory
 from tuner.model.placing import RunMemory
 from tuner.plugins.record import Kind
+from tuner.train import rules
 from tuner.train.advise import Predicted, forecast
 from tuner.train.trackers import chosen_trackers
 from tuner.train.validate import adjustments, wants_sample
@@ -160,7 +161,7 @@ def make_plan(
         notices=(*settings.notices, *model.family.notices(), *manifest.notices, *sample_notices), world=world,
         downloads=model.downloads,
     )  # fmt: skip
-    problems = [*precision_problems(plan), *memory_problems(plan), *registry.check_plan(plan)]
+    problems = [*precision_problems(plan), *memory_problems(plan), *rules.problems(plan), *registry.check_plan(plan)]
     plan = plan if problems else with_forecast(plan)
     if data.strict and plan.notices:
         problems = [*problems, ConfigError("strict is on and something would be adjusted or ignored:\n  " + "\n  ".join(plan.notices))]

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 import tuner
+from tuner.config.masking import masked
 from tuner.config.resolve import Settings
 from tuner.config.settings import RunSettings
 from tuner.errors import ConfigError, HubError
@@ -53,7 +54,8 @@ def planned_destination(settings: Settings) -> Destination:
     """What the keys say, without asking anybody. Raises `ConfigError` for a name that no repository can have."""
     run = settings.get(RunSettings)
     if not run.hub_model_id:
-        name = boxes.repository_name(run.tracker_run_name or Path(run.output_dir).expanduser().resolve().name)
+        chosen = run.tracker_run_name or Path(run.output_dir).expanduser().resolve().name
+        name = boxes.repository_name(str(masked(chosen)))
         return Destination(run.push_to_hub, name, private=run.hub_private)
     _require_valid(run.hub_model_id, "hub_model_id")
     owner, _, name = run.hub_model_id.rpartition("/")

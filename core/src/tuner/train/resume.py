@@ -22,6 +22,7 @@ from tuner.train.checkpoint import (
     flatten_state,
     load_checkpoint,
     read_facts,
+    read_step,
     require_exact,
     restore_state,
     save_checkpoint,
@@ -31,7 +32,7 @@ from tuner.train.results import write_adapter_files
 
 HARMLESS = frozenset({
     "output_dir", "cache_dir", "data", "data_backend_config", "strict", "dataloader_prefetch", "vae_batch_size",
-    "gradient_checkpointing", "gradient_checkpointing_interval", "checkpoint_step_interval", "checkpoints_total_limit",
+    "gradient_checkpointing", "gradient_checkpointing_interval", "cuda_graphs", "checkpoint_step_interval", "checkpoints_total_limit",
     "resume_from_checkpoint", "report_to", "log_interval", "tracker_project_name", "tracker_run_name", "num_train_epochs",
     "pretrained_model_name_or_path", "revision", "text_encoder_path",
 })  # fmt: skip
@@ -64,7 +65,15 @@ class TrainingCheckpoints:
                 f"the folder already holds {self._found.name} of an earlier run", where=f"output_dir {self.folder}",
                 remedy="add --resume_from_checkpoint latest to go on, or choose another output_dir",
             )  # fmt: skip
+        self._require_within(read_step(self._found))
         require_exact(self._saved(), self._exact, frozenset({"dataset"}), where=str(self._found))
+
+    def _require_within(self, step: int) -> None:
+        if step > self.plan.total_steps:
+            raise ConfigError(
+                f"the checkpoint is at step {step}, beyond the planned {self.plan.total_steps}", where="max_train_steps",
+                remedy="raise max_train_steps",
+            )  # fmt: skip
 
     def load(self, dataset: str) -> LoadedCheckpoint | None:
         """The checkpoint that `check` decided on; None: there is none. `dataset`: identity of what is trained on, clips and captions.
@@ -94,11 +103,7 @@ class TrainingCheckpoints:
         assembly.schedule.load_state_dict(restore_state({}, loaded.facts["schedule"]))
         for regularizer in assembly.regularizers:
             regularizer.load_state_dict(loaded.parts.get(f"regularizer-{regularizer.name}", {}))
-        if loaded.step > self.plan.total_steps:
-            raise ConfigError(
-                f"the checkpoint is at step {loaded.step}, beyond the planned {self.plan.total_steps}", where="max_train_steps",
-                remedy="raise max_train_steps",
-            )  # fmt: skip
+        self._require_within(loaded.step)  # clips that failed may have made the run shorter
         return loaded.step
 
     def save(self, step: int, assembly: Assembly) -> Path:

@@ -17,6 +17,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -130,7 +131,8 @@ class RunFolder:
                     os.fsync(file.fileno())
             temporary.replace(self.path / name)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise self._unwritable(name, error) from error
 
     def _append(self, name: str, content: Mapping[str, object]) -> None:

@@ -89,9 +89,8 @@ def _trained_model(plan: ModelPlan, streams: Sequence[str], trained: Trained, pl
         load_full(plan.family, model, headers, trained.weights)
     if adapter is not None:
         loaded = {name for name, _ in model.named_modules()}  # without sound its layers are not there
-        adapter = replace(
-            adapter, alpha=adapter.alpha * trained.strength, weights={name: pair for name, pair in adapter.weights.items() if name in loaded}
-        )
+        weights = {name: pair for name, pair in adapter.weights.items() if name in loaded}
+        adapter = replace(adapter, alpha=adapter.alpha * trained.strength, weights=weights)
     if adapter is not None and adapter.weights:
         add_adapters(model, tuple(adapter.weights), AdapterSettings(lora_rank=adapter.rank, lora_alpha=adapter.alpha), 0)
         load_adapter_state(model, adapter)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tuner.interfaces.blocks import BlockState
 from tuner.interfaces.family import Batch, ModelFamily, Noise
-from tuner.interfaces.losses import LossTerm, LossValue, StepState
+from tuner.interfaces.losses import LossTerm, LossValue, Regularizer, StepState
 from tuner.model.runner import BlockRunner
 
 
@@ -22,6 +22,7 @@ class TrainingModel:
     model: nn.Module
     blocks: BlockRunner
     loss_terms: Sequence[LossTerm]
+    regularizers: Sequence[Regularizer] = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class StepResult:
 
     loss: Tensor
     terms: tuple[LossValue, ...]
+    """As the terms gave them; the loss is of what the regularizers made of them."""
     entered: BlockState | None = None
     """What went into the first block."""
 
@@ -41,4 +43,7 @@ def train_step(run: TrainingModel, batch: Batch, noise: Noise, step: int = 0) ->
     prediction = run.family.exit(run.model, state)
     seen = StepState(batch, noise, prediction, run.blocks.tapped, step)
     terms = tuple(term(seen) for term in run.loss_terms)
-    return StepResult(torch.stack([term.reduced() for term in terms]).sum(), terms, entered)
+    weighed: Sequence[LossValue] = terms
+    for regularizer in run.regularizers:
+        weighed = regularizer.weigh(weighed, seen)
+    return StepResult(torch.stack([value.reduced() for value in weighed]).sum(), terms, entered)

@@ -10,7 +10,7 @@ import torch
 from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings, ModelSettings, ValidationSettings
 from tuner.data.media import write_mp4, write_wav
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, NumericError
 from tuner.interfaces.family import Generated, ModelFamily, SampleRequest
 
 if TYPE_CHECKING:
@@ -32,8 +32,16 @@ def sample_at_end(plan: Plan, assembly: Assembly, folder: Path) -> Path:
 
 
 def write_sample(generated: Generated, target: Path) -> Path:
-    """Writes picture and sound to `target`, making its folder; sound alone to a .wav of the same name. Returns what was written."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Writes picture and sound to `target`, making its folder; sound alone to a .wav of the same name. Returns what was written.
+
+    Raises `DiskError`, and `NumericError` for numbers that are not finite, which no encoder of sound takes.
+    """
+    sound = () if generated.sound is None else (generated.sound.samples,)
+    if not all(bool(tensor.isfinite().all()) for tensor in (*generated.latents.values(), *sound)):
+        raise NumericError(
+            "the model gave numbers that are not finite, so there is no clip", where="sample",
+            remedy="lower learning_rate, or use an earlier checkpoint",
+        )  # fmt: skip
     if generated.video is not None:
         write_mp4(target, generated.video, generated.sound)
         return target
