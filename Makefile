@@ -44,7 +44,7 @@ demo: .venv/runtime
 	$(BIN)/tuner train --config examples/demo/config.json
 
 test: install
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests examples/plugins
 
 lint: install
 	$(BIN)/ruff check .

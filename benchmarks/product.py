@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,20 @@ from tuner.component import Component
 from tuner.config.resolve import resolve
 from tuner.config.settings import AdapterSettings, ModelSettings, TrainSettings
 from tuner.data.prefetch import Prefetcher
+from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.family import Batch, BuildContext, Noise, Sample, StreamBatch
+from tuner.interfaces.losses import Regularizer
 from tuner.interfaces.memory import Placement
 from tuner.model.adapters import add_adapters
 from tuner.model.placing import RunMemory
 from tuner.model.runner import BlockRunner, Checkpointing
+from tuner.model.selection import with_counts
 from tuner.plugins.loader import load_plugins
 from tuner.train.execute import GraphExecution, PlainExecution
 from tuner.train.masters import MasterWeights
 from tuner.train.noise import NoiseSampler
 from tuner.train.placement import to_device
-from tuner.train.step import TrainingModel
+from tuner.train.step import Item, TrainingModel
 from tuner_ltxvideo2.family import LTX2Family
 from tuner_ltxvideo2.options import LTX2Options
 from tuner_ltxvideo2.transformer import drop_unused
@@ -49,8 +52,16 @@ class Setup:
     video_only: bool = False
     graphs: bool = False
     """Replay forward and backward as a CUDA graph."""
+    dynamo_mode: str = ""
+    """Compile the blocks in this mode of torch.compile; empty: not."""
+    batches: int = 1
+    """Batches of an optimizer step."""
+    together: bool = True
+    """Each block takes all of them while its weights are there; else one batch goes through all blocks after the other."""
     keys: Mapping[str, str] = field(default_factory=dict)
-    """Memory and precision keys, such as {"musubi_blocks_to_swap": "47"}."""
+    """Memory, precision and regularizer keys, such as {"musubi_blocks_to_swap": "47"}."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """What regularizers find in `Batch.extras`; with them one batch is prepared at a time."""
 
 
 class ProductStep:
@@ -59,8 +70,10 @@ class ProductStep:
     def __init__(self, shape: Shape, setup: Setup, device: torch.device, size: Size) -> None:
         torch.manual_seed(0)
         self.device = device
+        self.setup = setup
         self.streams = ("video",) if setup.video_only else ("video", "audio")
-        self.family = LTX2Family(LTX2Options(), BuildContext(device, torch.bfloat16, 0, 0, Path()))
+        context = BuildContext(device, torch.bfloat16, 0, 0, Path())
+        self.family = LTX2Family(LTX2Options(), context)
         config = REAL if size == "real" else TINY
         self.placement = open_memory(setup.keys, device).open("transformer", int(str(config.get("num_layers", 48))), device)
         model = build_model(config, self.streams, self.placement, device)
@@ -72,10 +85,16 @@ class ProductStep:
         blocks = self.family.block_set(model)
         self.session = self.placement.attach(blocks)
         policy = Checkpointing.every(len(blocks)) if setup.checkpointing else Checkpointing()
-        self.runner = BlockRunner(blocks, self.family.call_block, checkpointing=policy, session=self.session)
-        run = TrainingModel(self.family, model, self.runner, [FlowMatchingLoss(name) for name in self.streams])
-        self.run = run
-        self.masters = MasterWeights({n: p for n, p in model.named_parameters() if p.requires_grad}, low_precision=False)
+        self.regularizers = attached(setup.keys, blocks, replace(context, geometry=self.family.geometry, total_steps=1000))
+        self.runner = BlockRunner(
+            blocks, self.family.call_block, checkpointing=policy, session=self.session,
+            transforms=[t for r in self.regularizers for t in r.transforms()], taps=[t for r in self.regularizers for t in r.taps()],
+        )  # fmt: skip
+        terms = [*(FlowMatchingLoss(name) for name in self.streams), *(t for r in self.regularizers for t in r.loss_terms())]
+        self.run = run = TrainingModel(self.family, model, self.runner, terms, self.regularizers)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | trained_along(self.regularizers, device)
+        self.masters = MasterWeights(trained, low_precision=False)
+        self.runner.sink = self.masters
         self.execution = GraphExecution(run, self.masters) if setup.graphs else PlainExecution(run, self.masters)
         self.optimizer = AdamW(self.masters.optimized(), 1e-4, AdamOptions())
         self.steps = 0
@@ -85,7 +104,7 @@ class ProductStep:
         """Goes on with random data of that shape."""
         if "feed" in self.__dict__:
             self.feed.close()
-        drawn = self._batch(shape, int(self.run.model.config.caption_channels))
+        drawn = with_counts(self._batch(shape, int(self.run.model.config.caption_channels)))
         self.batch = to_device(drawn, self.device)
         sampler = NoiseSampler(TrainSettings(), self.family.token_shift, 0)
         pin = self.device.type == "cuda"
@@ -115,17 +134,22 @@ class ProductStep:
         samples = tuple(
             Sample(str(i), "random", i, 0, shape.frame_rate, shape.frames, shape.height, shape.width, {}) for i in range(shape.batch)
         )
-        return Batch(samples, streams, text, (shape.frame_rate,) * shape.batch)
+        return Batch(samples, streams, text, (shape.frame_rate,) * shape.batch, self.setup.extras)
 
     def __call__(self) -> Tensor:
         """What `tuner.train.loop` does in a step: draws, forward, backward, clip, optimizer, publish."""
-        noise = self.draw()
-        result = self.execution(self.batch, noise, self.steps, 1.0)
+        items = [Item(self.batch, self.draw()) for _ in range(self.setup.batches)]
+        for group in [items] if self.setup.together else [[item] for item in items]:
+            for regularizer in self.regularizers:
+                regularizer.begin_step(self.steps, group[0].batch, group[0].noise, torch.Generator().manual_seed(self.steps))
+            result = self.execution(group, self.steps, 1 / len(items))[-1]
         self.masters.clip_(1.0)
         self.optimizer.step()
         self.masters.publish()
         for parameter in self.masters.optimized():
             parameter.grad = None
+        for regularizer in self.regularizers:
+            regularizer.after_step(self.steps)
         self.steps += 1
         return result.loss.detach().clone()
 
@@ -145,6 +169,26 @@ def open_memory(keys: Mapping[str, str], device: torch.device) -> RunMemory:
     precision = settings.get(ModelSettings).base_model_precision
     quantizers = {} if precision == "no_change" else {"transformer": build(registry.component("quantizer", precision))}
     return RunMemory(strategies, quantizers)
+
+
+def attached(keys: Mapping[str, str], blocks: BlockSet, context: BuildContext) -> tuple[Regularizer, ...]:
+    """The regularizers that `keys` switch on."""
+    if not keys:
+        return ()
+    registry = load_plugins()
+    settings = resolve(registry.option_types, flags=dict(keys))
+    chosen = [component for component in registry.components("regularizer") if settings.get(component.options).enabled()]
+    made: tuple[Any, ...] = tuple(component.load()(settings.get(component.options), context) for component in chosen)  # type: ignore[operator]
+    for regularizer in made:
+        regularizer.attach(blocks, context)
+    return made
+
+
+def trained_along(regularizers: Sequence[Regularizer], device: torch.device) -> dict[str, nn.Parameter]:
+    """The parameters of their modules, by name."""
+    modules = {regularizer.name: regularizer.trainable() for regularizer in regularizers}
+    found = {name: module.to(device) for name, module in modules.items() if module is not None}
+    return {f"{name}.{inner}": p for name, module in found.items() for inner, p in module.named_parameters()}
 
 
 def build_model(config: Mapping[str, object], streams: Sequence[str], placement: Placement, device: torch.device) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -27,6 +29,10 @@ def test_batches_of_one_signature_differ_in_values_only():
     assert signature(batch()) == signature(batch())
     others = [batch(tokens=8), batch(conditioned=True), batch(rate=24.0)]
     assert len({signature(b) for b in (batch(), *others)}) == 4
+
+
+def test_how_many_tokens_are_given_is_no_part_of_a_signature():
+    assert signature(replace(batch(conditioned=True), most_given={"video": 3})) == signature(batch(conditioned=True))
 
 
 def test_a_copy_shares_no_memory_and_samples_stay():

@@ -213,13 +213,19 @@ def test_time_is_that_of_the_slowest_of_what_runs_side_by_side() -> None:
     assert costs.seconds(job(), STEP, streamed, costs.plain(), MACHINE) == pytest.approx(100 + 80.003 + rest)
     in_line = costs.seconds(job(), STEP, replace(streamed, beside=False), costs.plain(), MACHINE)
     assert in_line == pytest.approx(blocks + 150 + rest)
+    # Two batches together are computed in twice the time, and weights are copied once.
+    pair = replace(STEP, forward_work=STEP.forward_work * 2, backward_work=STEP.backward_work * 2, other_work=STEP.other_work * 2)
+    together = costs.seconds(job(gradient_accumulation_steps=2), pair, streamed, costs.plain(), MACHINE, joint=True)
+    assert together == pytest.approx(100 + 2 * (80.003 + rest))
+    assert costs.seconds(job(gradient_accumulation_steps=2), STEP, streamed, costs.plain(), MACHINE) == pytest.approx(2 * (180.003 + rest))
     launching = replace(MACHINE, flops=1e12, launch=1.0)
     assert costs.seconds(job(), STEP, resident, costs.plain(), launching) == pytest.approx(10 * (3 + 5) + 2)
     assert costs.seconds(job(graphs=True), STEP, resident, costs.plain(), launching) < 1
 
 
 def test_every_second_block_recomputed_lies_between() -> None:
-    half = costs.footprint(job(gradient_checkpointing_interval=2), "some")
+    every_second = job(gradient_checkpointing_interval=2)
+    half = costs.footprint(every_second, costs.kept_blocks(every_second, "some"))
     assert half.kept == (300 + 3000) // 2 and half.backward_work == STEP.backward_work
     assert costs.current_checkpointing(planned(gradient_checkpointing_interval=2)) == "some"
 

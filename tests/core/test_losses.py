@@ -157,3 +157,12 @@ def test_taken_means_stay_on_the_device_and_are_nan_where_nothing_was_counted() 
     assert taken["loss/video"].item() == taken["loss/video/sigma_0.00-0.50"].item() == 3.0
     assert bool(taken["loss/video/sigma_0.50-1.00"].isnan())
     assert bands.take() == {}
+
+
+def test_what_is_logged_beside_a_term_is_a_mean_over_the_same_samples() -> None:
+    noise = Noise({"video": StreamNoise(torch.tensor([0.1, 0.9]), *[torch.zeros(2, 1, 1)] * 3)})
+    bands = SigmaBands()
+    measured = {"cosine": torch.tensor([0.25, float("nan")])}
+    for _ in range(2):
+        bands.add([LossValue("term", torch.tensor([3.0, 5.0]), torch.tensor([True, False]), 7.0, measured)], noise)
+    assert bands.flush() == {"loss/term": 3.0, "loss/term/cosine": 0.25}

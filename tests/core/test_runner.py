@@ -14,6 +14,7 @@ from tuner.interfaces.losses import Tap, Transform
 from tuner.interfaces.memory import MemorySession
 from tuner.model.runner import BlockRunner, Checkpointing
 from tuner.testing.blocks import MixingModel, call_mixing_block
+from tuner.train.masters import MasterWeights
 
 DEPTH = 4
 
@@ -71,10 +72,10 @@ def test_gradients_equal_plain_autograd(recomputed: tuple[int, ...], audio: bool
 
 
 def test_what_is_recomputed_and_who_watches_changes_no_bit() -> None:
-    """In float32, and of what all blocks share too: text, modulation, tokens with a tap."""
+    """In float32, and of what all blocks share too: text, modulation, tokens with a tap or several."""
     net, given = model().float(), [tensor.float() for tensor in inputs() if tensor is not None]
     found = []
-    taps = [Tap("middle", 1, "video"), Tap("other", 2, "audio")]
+    taps = [Tap("middle", 1, "video"), Tap("other", 2, "audio"), Tap("same", 1, "video"), Tap("again", 1, "video")]
     for recomputed, session in itertools.product(((), (1, 3), range(DEPTH)), (None, Journal())):
         policy = Checkpointing(frozenset(recomputed))
         runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=policy, session=session, taps=taps)
@@ -224,7 +225,7 @@ def test_recomputation_keeps_only_block_inputs() -> None:
         policy = Checkpointing.every(DEPTH) if recompute else Checkpointing()
         runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=policy, session=Journal())
         final = runner.run(net.enter(*inputs()))
-        tapes = final.streams["video"].hidden.grad_fn.current.tapes  # type: ignore[union-attr]
+        tapes = final.streams["video"].hidden.grad_fn.passes[0].tapes  # type: ignore[union-attr]
         kept[recompute] = sum(tape.graph is not None for tape in tapes)
     assert kept == {False: DEPTH, True: 0}
 
@@ -248,3 +249,59 @@ def test_indices_outside_the_blocks_are_refused() -> None:
     net = model()
     with pytest.raises(IndexError, match=r"outside 0\.\.3"):
         BlockRunner(net.block_set(), call_mixing_block, taps=[Tap("t", 4, "video")])
+
+
+# --- several states at once ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("recomputed", [(), (0, 1, 2, 3), (1, 3)])
+@pytest.mark.parametrize("trained", ["blocks", "blocks.2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_taken_together_give_the_gradients_of_batches_one_by_one(
+    recomputed: tuple[int, ...], trained: str, dtype: torch.dtype
+) -> None:
+    """To the last bit, with float32 sums of bfloat16 gradients too; a batch without sound among them."""
+    net, journal, tapped = model().to(dtype), Journal(), []
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith(trained))
+    runner = BlockRunner(
+        net.block_set(), call_mixing_block, checkpointing=Checkpointing(frozenset(recomputed)), session=journal,
+        taps=[Tap("middle", 1, "video")],
+    )  # fmt: skip
+    given = [[None if t is None else t.to(dtype) * (turn + 1) for t in inputs(turn != 1)] for turn in range(4)]
+    weights = MasterWeights({n: p for n, p in net.named_parameters() if p.requires_grad}, low_precision=False)
+    runner.sink = weights
+
+    def loss(state: BlockState, middle: Tensor) -> Tensor:
+        return torch.stack([p.float().square().sum() for p in net.exit(state).values()]).sum() + middle.float().sin().sum()
+
+    def taken() -> list[Tensor]:
+        weights.collect()
+        found = [p.grad.clone() for p in weights.optimized() if p.grad is not None]
+        for p in weights.optimized():
+            p.grad = None
+        return found
+
+    for one in given:
+        after = runner.run(net.enter(*one))  # type: ignore[arg-type]
+        tapped.append(runner.tapped["middle"].hidden.detach())
+        loss(after, runner.tapped["middle"].hidden).backward()
+        weights.collect()
+    expected, journal.events = taken(), []
+    passed = runner.run_all([net.enter(*one) for one in given])  # type: ignore[arg-type]
+    assert all(torch.equal(taps["middle"].hidden, before) for (_, taps), before in zip(passed, tapped, strict=True))
+    torch.stack([loss(after, taps["middle"].hidden) for after, taps in passed]).sum().backward()
+    together = taken()
+    assert len(together) == len(expected) > 0 and all(torch.equal(a, b) for a, b in zip(together, expected, strict=True))
+    back = "B3 b3 B2 b2" + (" B1 b1 B0 b0" if trained == "blocks" else "")
+    assert " ".join(journal.events) == f"begin F0 f0 F1 f1 F2 f2 F3 f3 {back} end"
+
+
+def test_gradients_of_what_feeds_all_batches_add_up() -> None:
+    net = model()
+    expected: dict[str, Tensor] = {}
+    for turn in range(3):
+        one = gradients(net, net.exit(plain(net, net.enter(*inputs(turn != 1)))))
+        expected |= {name: expected[name] + gradient if name in expected else gradient for name, gradient in one.items()}
+    runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=Checkpointing.every(DEPTH), session=Journal())
+    passed = runner.run_all([net.enter(*inputs(turn != 1)) for turn in range(3)])
+    predictions = {f"{turn} {name}": p for turn, (after, _) in enumerate(passed) for name, p in net.exit(after).items()}
+    assert_equal(gradients(net, predictions), expected)

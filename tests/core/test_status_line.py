@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import re
+import struct
+import termios
+import threading
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
 
-from tuner.cli.status_line import CacheBar, MemoryReading, StatusLine, StepTimer, is_interactive, read_memory, wrap_fields
+from tuner.cli.status_line import CacheBar, StatusLine, is_interactive, wrap_fields
+from tuner.watch.pace import MemoryReading, StepTimer, read_memory
 
 GIB = 2**30
 ROW = {
@@ -170,6 +177,95 @@ def test_live_line_is_not_redrawn_for_every_fast_step() -> None:
 
 def test_narrow_terminal_breaks_between_fields() -> None:
     assert wrap_fields(["1/20", "2.00 s/step", "loss video 0.1 | audio 0.2", "x"], 20) == "1/20  2.00 s/step\nloss video 0.1 | audio 0.2\nx"
+
+
+class Screen:
+    """What a terminal of so many columns shows after all that was written to it. Knows the control sequences that a live line uses."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns, self.lines, self.row, self.column = columns, [""], 0, 0
+
+    def write(self, text: str) -> None:
+        for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|\r|\n|[^\x1b\r\n]+", text):
+            if part == "\r":
+                self.column = 0
+            elif part == "\n":
+                self.row, self.column = self.row + 1, 0
+                self.lines += [""] * (self.row + 1 - len(self.lines))
+            elif part.startswith("\x1b["):
+                self.control(part)
+            else:
+                self.put(part)
+
+    def control(self, sequence: str) -> None:
+        if sequence.endswith("A"):
+            self.row -= int(sequence[2:-1] or 1)
+        elif sequence == "\x1b[2K":
+            self.lines[self.row] = ""
+        else:
+            assert sequence in ("\x1b[?25l", "\x1b[?25h", "\x1b[0m"), f"unknown control sequence {sequence!r}"
+
+    def put(self, text: str) -> None:
+        assert self.column + len(text) <= self.columns, f"a line is broken by the terminal: {text!r}"
+        old = self.lines[self.row].ljust(self.column)
+        self.lines[self.row] = old[: self.column] + text + old[self.column + len(text) :]
+        self.column += len(text)
+
+
+def on_a_terminal(columns: int, work: Callable[[Console], None]) -> list[str]:
+    """Runs `work` on a console over a real pseudo-terminal; returns the lines that its screen shows in the end."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    received: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                received.append(os.read(ours, 65536))
+            except OSError:  # the other side is closed
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(theirs, "w", encoding="utf-8") as file:
+        console = Console(file=file, color_system=None, _environ={"TERM": "xterm", "COLUMNS": str(columns)})
+        assert console.is_terminal
+        work(console)
+    reader.join(30)
+    os.close(ours)
+    screen = Screen(columns)
+    screen.write(b"".join(received).decode())
+    return [line.rstrip() for line in screen.lines]
+
+
+@pytest.mark.parametrize("columns", [200, 60])
+def test_a_pseudo_terminal_shows_notes_and_one_live_line(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+
+    def work(console: Console) -> None:
+        clock = Clock()
+        assert is_interactive(console)
+        with StatusLine(console, 30, interactive=True, first_step=0, checkpoint_interval=10, clock=clock, memory=memory) as line:
+            for step in range(1, 26):
+                clock.moment += 2.0
+                line.update(step, ROW)
+                if step % 10 == 0:
+                    line.note(f"saved checkpoint-{step}")
+
+    fields = ["25/30", "2.00 s/step", "1.00 samples/s", "GPU 20.0/22.0/24.0 GiB", "loss video 0.1235 | audio 0.5000", "grad 0.314",
+              "lr 1.00e-04", "ETA 0:00:10", "next checkpoint 30"]  # fmt: skip
+    shown = [line for line in on_a_terminal(columns, work) if line]
+    assert shown[:2] == ["saved checkpoint-10", "saved checkpoint-20"]
+    assert shown[2:] == wrap_fields(fields, columns).splitlines() and len(shown) == (3 if columns == 200 else 5)
+
+
+def test_very_short_steps_keep_their_digits() -> None:
+    clock = Clock()
+    console, file = plain_console()
+    line = StatusLine(console, 100, interactive=False, first_step=0, clock=clock, memory=memory)
+    clock.moment += 0.0456
+    line.update(1, {})
+    assert "0.0456 s/step" in file.getvalue()
 
 
 def test_memory_of_this_process() -> None:

@@ -117,11 +117,17 @@ def test_ways_to_train(project: Project, changes: dict[str, object]) -> None:
         assert all(torch.isfinite(file.get_tensor(key)).all() for key in file.keys())  # noqa: SIM118 - no mapping
 
 
-def test_checkpointing_changes_no_number(project: Project) -> None:
-    for out, changes in {"all": {}, "none": {"gradient_checkpointing": False}, "third": {"gradient_checkpointing_interval": 3}}.items():
+def test_checkpointing_changes_no_number(project: Project, capsys: Capture) -> None:
+    ways: dict[str, dict[str, object]] = {
+        "all": {}, "none": {"gradient_checkpointing": False}, "third": {"gradient_checkpointing_interval": 3},
+        "auto": {"gradient_checkpointing": "auto"},
+    }  # fmt: skip
+    for out, changes in ways.items():
         assert project.train(output_dir=out, max_train_steps=2, **changes) == 0
+    capsys.readouterr()
+    assert project.train(gradient_checkpointing="perhaps") == 2 and "gradient_checkpointing" in capsys.readouterr().err
     first = load_checkpoint(Path("all/checkpoint-2")).parts["weights"]
-    for out in ("none", "third"):
+    for out in ("none", "third", "auto"):
         other = load_checkpoint(Path(out) / "checkpoint-2").parts["weights"]
         # The same operations on the same numbers; only the order in which gradients are added up may differ.
         assert all(torch.allclose(first[name], other[name], rtol=0, atol=1e-6) for name in first)

@@ -46,8 +46,9 @@ STRATEGIES: Mapping[str, Keys] = {
     "RamTorch, half": {"ramtorch": True, "ramtorch_transformer_percent": 50},
     "RamTorch, names": {"ramtorch": True, "ramtorch_target_modules": "blocks.2.*, *.ff.*"},
 }
-REGULARIZED: Keys = {"brightness_weight": 0.5, "dim_by": 0.25, "shrink_weight": 0.1}
-INT8: Keys = {"base_model_precision": "int8-torchao"}
+ROUTED: Keys = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}}
+REGULARIZED: Keys = {"brightness_weight": 0.5, "dim_by": 0.25, "shrink_weight": 0.1, **ROUTED}
+INT8: Keys = {"base_model_precision": "int8-torchao", **ROUTED}
 KEPT: Keys = {**INT8, "gradient_checkpointing": False}
 ACCUMULATED: Keys = {**INT8, "gradient_accumulation_steps": 2}
 QUANTIZED: Mapping[str, Keys] = {

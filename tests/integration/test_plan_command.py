@@ -131,6 +131,47 @@ def test_a_run_predicts_its_peak_and_says_what_would_fit(
     assert "too small" in capsys.readouterr().err
 
 
+def test_batches_that_streamed_blocks_take_together_keep_more_and_copy_once(project: Project) -> None:
+    registry, keys = load_plugins(), {"gradient_accumulation_steps": 4, "peft_lora_target_modules": "to_q,to_out.0"}
+
+    def job(**changes: object) -> Job:
+        settings = resolve(registry.option_types, config_file=project.config(**{**keys, **changes}))
+        return advise.job_of(make_plan(registry, settings, CPU), (True,))
+
+    alone, four = job(gradient_accumulation_order="batch"), job()
+    assert not alone.joint and four.footprints == alone.footprints
+    single, together = four.footprints[True], four.joint[True]
+    assert together.kept == 4 * single.kept and together.forward_work == single.forward_work * 4
+    assert together.trained == single.trained and single.peak < together.peak < 4 * single.peak
+    outside = job(peft_lora_target_modules="to_q,linear_1")  # gradients of what all batches share would add up in another order
+    assert not outside.joint and job(peft_lora_target_modules="linear_1", gradient_accumulation_order="layer").joint
+    slow = replace(find_machine(CPU, 24 * GIB), link=1e6)  # copies decide
+
+    def streamed(job: Job) -> float:
+        return next(row.seconds for row in advise.rows(job, slow) if row.keys.get("musubi_blocks_to_swap") == 3)
+
+    assert streamed(alone) == pytest.approx(4 * streamed(four), rel=0.05)
+
+
+def test_as_many_activations_are_kept_as_fit(project: Project) -> None:
+    registry = load_plugins()
+
+    def predicted(memory: int, keep: object = "auto") -> advise.Predicted:
+        settings = resolve(registry.option_types, config_file=project.config(gradient_checkpointing=keep))
+        found = advise.forecast(make_plan(registry, settings, CPU), find_machine(CPU, memory))
+        assert found is not None
+        return found
+
+    every, none = predicted(24 * GIB, True), predicted(24 * GIB, False)
+    assert predicted(24 * GIB).row.kept == 4 and predicted(24 * GIB).row.peak == none.row.peak
+    assert predicted(every.row.needs()).row.kept == 0
+    between = predicted((every.row.needs() + none.row.needs()) // 2)
+    assert 0 < between.row.kept < 4 and every.row.peak < between.row.peak <= none.row.peak
+    assert between.row.needs() <= between.machine.memory < between.row.needs() + 2 * between.block
+    assert f"activations of {between.row.kept} blocks are kept" in between.describe()
+    assert between.row.keys["gradient_checkpointing"] == "auto"
+
+
 def test_a_family_without_a_skeleton_is_trained_without_a_forecast(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advise, "MEASURED", {})
     monkeypatch.setattr(LTX2Family, "empty", lambda *_: None)
@@ -213,7 +254,7 @@ def peak(job: Job, way: str, precision: str = "no_change", keys: Mapping[str, ob
         options = component.options(**keys) if set(keys or ()) <= set(component.options.model_fields) else component.options()
         if options.enabled():
             plan = component.load()(options, job.model.context).plan(facts)  # type: ignore[operator]
-    return sum(costs.peak_parts(job, costs.footprint(job, way), plan, chosen).values()) / GIB
+    return sum(costs.peak_parts(job, costs.footprint(job, costs.kept_blocks(job, way)), plan, chosen).values()) / GIB
 
 
 def test_the_released_model_takes_what_was_measured() -> None:
@@ -225,7 +266,7 @@ def test_the_released_model_takes_what_was_measured() -> None:
     step = job.footprints[True]
     assert step.trained_weights == 213_909_504
     # Counted by hand for this work: 143 TFLOP, and 217 with recomputation.
-    every, none = (costs.footprint(job, way) for way in ("all", "none"))
+    every, none = (costs.footprint(job, costs.kept_blocks(job, way)) for way in ("all", "none"))
     for found, counted in ((every, 217e12), (none, 143e12)):
         flops = (found.forward_work.flops + found.backward_work.flops) * 48 + found.other_work.flops
         assert flops == pytest.approx(counted, rel=0.03)

@@ -108,6 +108,15 @@ def test_sounds_alone_train(there: Project, capsys: pytest.CaptureFixture[str]) 
     check_run(there, "output/sounds", {"audio"})
 
 
-def test_token_routing_is_refused_with_its_reason(there: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    assert there.tuner("train", "--config", configuration("tread"), *SMALL) == 2
-    assert "error: tread_config: is not supported: token routing is not part of this version" in shown(capsys)
+@pytest.mark.parametrize("as_file", [False, True], ids=["as keys", "as a file"])
+def test_token_routing_trains(as_file: bool, there: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = json.loads(DATASET.read_text())
+    entries[0]["resolution"] = 64
+    DATASET.write_text(json.dumps(entries))
+    path, out = configuration(*([] if as_file else ["tread"])), f"output/tread-{as_file}"
+    if as_file:
+        Path("config/tread.json").write_text((FILES / "tread.json").read_text())
+    flags = (*SMALL, *FP32, *(("--tread_config", "config/tread.json") if as_file else ()))
+    assert there.tuner("train", "--config", path, "--output_dir", out, *flags) == 0
+    assert re.search(r"tread: 50% of the video tokens skip block 2, of 4 blocks .* ramtorch: ", shown(capsys))
+    check_run(there, out, {"video", "audio"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor
@@ -13,6 +15,9 @@ GRID = (3, 2, 4)
 LENGTH = 7
 TEXT = 6
 RATES = (25.0, 24.0)
+SMALLER = (GRID[0], GRID[1] // 2, GRID[2] // 2)
+R = SMALLER[0] * SMALLER[1] * SMALLER[2]
+"""Grid of a reference clip at half size, and its tokens."""
 
 NEW = {
     "gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True,
@@ -86,3 +91,17 @@ def batch_and_noise(
         for i, rate in enumerate(rates)
     )
     return Batch(samples, streams, text, tuple(rates)), Noise(noises)
+
+
+def with_reference(batch: Batch, noise: Noise) -> tuple[Batch, Noise]:
+    """The tokens of a clip at half size behind the picture's."""
+    stream, drawn = batch.streams["video"], noise.streams["video"]
+    tokens = normal(2, R, 128, seed=77)
+    own = torch.zeros(stream.latents.shape[:2], dtype=torch.bool) if stream.conditioned is None else stream.conditioned
+    conditioned = torch.cat([own, torch.ones(2, R, dtype=torch.bool)], dim=1)
+    longer = replace(
+        stream, latents=torch.cat([stream.latents, tokens], dim=1), conditioned=conditioned, extra_grid=SMALLER
+    )
+    noisy, target, eps = (torch.cat(pair, dim=1) for pair in ((drawn.noisy, tokens), (drawn.target, tokens), (drawn.noise, tokens)))
+    drawn = replace(drawn, noisy=noisy, target=target, noise=eps)
+    return replace(batch, streams={**batch.streams, "video": longer}), Noise({**noise.streams, "video": drawn})

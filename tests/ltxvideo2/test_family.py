@@ -19,13 +19,13 @@ from tuner.config.settings import AdapterSettings, ModelSettings
 from tuner.errors import ConfigError
 from tuner.interfaces.blocks import BlockState
 from tuner.interfaces.encoders import Record
-from tuner.interfaces.family import Batch, BuildContext, Noise, Sample, StreamNoise
+from tuner.interfaces.family import Batch, BuildContext, ClipShape, Noise, Sample, StreamNoise
 from tuner.interfaces.services import WeightSource
 from tuner.model.adapters import add_adapters, resolve_targets
 from tuner.model.runner import BlockRunner, Checkpointing
 from tuner.train.execute import PlainExecution
 from tuner.train.masters import MasterWeights
-from tuner.train.step import TrainingModel
+from tuner.train.step import Item, TrainingModel
 from tuner_ltxvideo2 import family as families
 from tuner_ltxvideo2 import transformer as forward
 from tuner_ltxvideo2.loading import CombinedFile
@@ -59,6 +59,8 @@ def test_inspect_tells_what_load_brings(source20: WeightSource, streams: tuple[s
     assert facts.block_bytes == max(blocks.frozen_bytes(i) for i in range(len(blocks)))
     assert facts.adapter_targets == len(family.adapter_targets(model, streams))
     assert blocks.names[0] == "transformer_blocks.0"
+    state = family.enter(model, *family.dummy_batch(model, ClipShape(64, 64, 9, 25.0, 0.36), 1, streams, CPU))
+    assert blocks.widths == {name: stream.hidden.shape[-1] for name, stream in state.streams.items()} and set(blocks.widths) == set(streams)
     assert not [name for name, p in model.named_parameters() if p.is_meta], "nothing is left without weights"
     assert not [name for name, p in model.named_parameters() if p.dtype != dtype]
 
@@ -200,7 +202,7 @@ def test_a_silent_batch_teaches_the_pictures_modules_alone(source20: WeightSourc
     )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = MasterWeights(trained, low_precision=False)
-    video, audio = PlainExecution(training, masters)(batch, noise, 0, 1.0).terms
+    video, audio = PlainExecution(training, masters)([Item(batch, noise)], 0, 1.0)[0].terms
     assert video.reduced().item() > 0 == audio.reduced().item()
     assert audio.counted is not None and audio.counted.tolist() == [False, False]
     reached = {forward.streams_of(name) for name, parameter in trained.items() if parameter.grad is not None}

@@ -15,10 +15,10 @@ from torch import Tensor
 from tuner.errors import CheckpointError
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import WeightSource
+from tuner.model.stored import read_header
 from tuner_ltxvideo2 import hub
 from tuner_ltxvideo2.keys import join_original, to_original
 from tuner_ltxvideo2.loading import CombinedFile, DiffusersFolder, build_part
-from tuner_ltxvideo2.stored import read_header
 from tuner_ltxvideo2.text import TextEncoder
 from tuner_ltxvideo2.tiny import TinyPaths
 from tuner_ltxvideo2.variants import variant_of

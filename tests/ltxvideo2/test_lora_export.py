@@ -119,6 +119,18 @@ def test_reads_every_spelling(tmp_path: Path) -> None:
             torch.testing.assert_close(read.weights[module][1], up)
 
 
+@pytest.mark.parametrize("head", ["text_embedding_projection.aggregate_embed", "diffusion_model.video_embeddings_connector.x.to_q"])
+def test_layers_of_the_text_connectors_are_left_out_and_that_is_said(head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pair = {"lora_A.weight": normal(RANK, 8, seed=1), "lora_B.weight": normal(6, RANK, seed=2)}
+    key = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    save_file({f"{module}.{end}": tensor.clone() for module in (key, head) for end, tensor in pair.items()}, tmp_path / "both.safetensors")
+    assert UniversalFormat().accepts(tmp_path / "both.safetensors")
+    assert UniversalFormat().read(tmp_path / "both.safetensors").targets == ("transformer_blocks.0.attn1.to_q",)
+    assert "both.safetensors also adapts the text connectors; these 2 tensors are left out" in caplog.text
+    save_file({f"{head}.{end}": tensor for end, tensor in pair.items()}, tmp_path / "connectors.safetensors")
+    assert not UniversalFormat().accepts(tmp_path / "connectors.safetensors")
+
+
 def test_mixed_ranks_are_read_at_the_largest(tmp_path: Path) -> None:
     path = tmp_path / "mixed.safetensors"
     pairs = {"proj_in": (normal(2, 6, seed=1), normal(5, 2, seed=2)), "proj_out": (normal(4, 6, seed=3), normal(5, 4, seed=4))}

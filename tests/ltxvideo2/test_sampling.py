@@ -149,7 +149,8 @@ def test_a_perfect_model_is_reached_exactly() -> None:
     text = {"video": torch.zeros(1, 3, 4), "audio": torch.zeros(1, 3, 4)}
     request = dataclasses.replace(REQUEST, guidance=4.0, steps=7)
     grids = {"video": (2, 2, 2), "audio": (4, 1, 1)}
-    got = sampling.denoise(predict, request, sampling.Prompt(text, text), noise, grids, LTX2Family.token_shift, CPU)
+    start = sampling.Start(grids, noise, {})
+    got = sampling.denoise(predict, request, sampling.Prompt(text, text), start, LTX2Family.token_shift, CPU)
     for name, values in goal.items():
         torch.testing.assert_close(got[name], values, atol=1e-5, rtol=0)
 
@@ -184,7 +185,8 @@ def test_impossible_sizes_are_named(field: str, value: int, near: str) -> None:
 
 
 def test_guidance_and_streams_of_a_request() -> None:
-    assert not sampling.is_guided(REQUEST)
-    assert sampling.is_guided(dataclasses.replace(REQUEST, audio_guidance=2.0))
+    assert not REQUEST.guided and REQUEST.texts == ("a red ball",)
+    guided = dataclasses.replace(REQUEST, audio_guidance=2.0)
+    assert guided.guided and guided.texts == ("a red ball", "blurry")
     assert list(sampling.grids_for(dataclasses.replace(REQUEST, sound=False), ("video", "audio"))) == ["video"]
     assert sampling.grids_for(REQUEST, ("video", "audio")) == {"video": (2, 2, 3), "audio": (9, 1, 1)}

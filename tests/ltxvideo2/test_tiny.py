@@ -15,8 +15,8 @@ from tuner.errors import ConfigError, DiskError
 from tuner.interfaces.encoders import AudioClip, VideoClip
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import WeightSource
+from tuner.model.stored import read_header
 from tuner_ltxvideo2.audio_latents import AudioLatentEncoder
-from tuner_ltxvideo2.stored import read_header
 from tuner_ltxvideo2.tiny import TinyPaths, write_tiny
 from tuner_ltxvideo2.video_latents import VideoLatentEncoder
 

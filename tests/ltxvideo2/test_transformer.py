@@ -10,10 +10,11 @@ import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor
 
-from ltxvideo2.ltx2_models import GRID, LENGTH, RATES, batch_and_noise, normal, transformer
+from ltxvideo2.ltx2_models import GRID, LENGTH, RATES, SMALLER, R, batch_and_noise, transformer, with_reference
 from ltxvideo2.ltx2_published import modules
-from tuner.interfaces.blocks import Aligned, BlockState, TokenStream
+from tuner.interfaces.blocks import BlockState, TokenStream
 from tuner.interfaces.family import Batch, Noise, StreamBatch
+from tuner.model.selection import select
 from tuner_ltxvideo2 import transformer as forward
 
 torch.set_num_threads(1)
@@ -173,23 +174,6 @@ def test_a_given_stream_is_clean_at_timestep_zero(generation: str, name: str) ->
 
 
 # --- a reference clip --------------------------------------------------------------------------------------------
-SMALLER = (GRID[0], GRID[1] // 2, GRID[2] // 2)
-R = SMALLER[0] * SMALLER[1] * SMALLER[2]
-
-
-def with_reference(batch: Batch, noise: Noise) -> tuple[Batch, Noise]:
-    """The tokens of a clip at half size behind the picture's."""
-    stream, drawn = batch.streams["video"], noise.streams["video"]
-    tokens = normal(2, R, 128, seed=77)
-    own = torch.zeros(2, S, dtype=torch.bool) if stream.conditioned is None else stream.conditioned
-    conditioned = torch.cat([own, torch.ones(2, R, dtype=torch.bool)], dim=1)
-    longer = dataclasses.replace(
-        stream, latents=torch.cat([stream.latents, tokens], dim=1), conditioned=conditioned, extra_grid=SMALLER
-    )
-    drawn = dataclasses.replace(drawn, noisy=torch.cat([drawn.noisy, tokens], dim=1))
-    return dataclasses.replace(batch, streams={**batch.streams, "video": longer}), Noise({**noise.streams, "video": drawn})
-
-
 @pytest.mark.parametrize("generation", ["2.0", "2.3"])
 def test_reference_tokens_equal_diffusers_forward_with_appended_coordinates(generation: str) -> None:
     """The picture's own path, which diffusers computes as the model's makers do; what crosses to sound is compared block by block."""
@@ -235,33 +219,44 @@ def test_reference_tokens_lie_where_the_picture_does_and_meet_the_sound_at_its_t
     assert torch.equal(cosine, expected)
 
 
-def _permuted(stream: TokenStream, order: Tensor) -> TokenStream:
-    def select(aligned: Aligned) -> Aligned:
-        tensor = aligned.tensor
-        for dim in aligned.token_dims:
-            tensor = tensor.index_select(dim, order) if tensor.shape[dim] > 1 else tensor
-        return dataclasses.replace(aligned, tensor=tensor)
+CONDITIONED_ROWS = torch.stack([torch.arange(S) % 3 == 0, torch.arange(S) % 5 == 1])
+"""As a mask of its own for each sample gives them."""
+MODES: dict[str, Callable[[LTX2VideoTransformer3DModel], tuple[Batch, Noise]]] = {
+    "plain": lambda model: batch_and_noise(model, APART),
+    "first frame": lambda model: batch_and_noise(model, APART, conditioned=CONDITIONED),
+    "masks": lambda model: batch_and_noise(model, APART, conditioned=CONDITIONED_ROWS),
+    "reference": lambda model: with_reference(*batch_and_noise(model, APART)),
+    "reference and first frame": lambda model: with_reference(*batch_and_noise(model, APART, conditioned=CONDITIONED)),
+    "a clip without sound": lambda model: batch_and_noise(model, APART, present=torch.tensor([True, False])),
+    "sound is given": lambda model: given_whole(*batch_and_noise(model, APART), "audio"),
+    "picture is given": lambda model: given_whole(*batch_and_noise(model, APART), "video"),
+    "one frame rate": lambda model: batch_and_noise(model, APART, rates=(25.0, 25.0)),
+    "video alone": lambda model: batch_and_noise(model, {"video": APART["video"]}, conditioned=CONDITIONED),
+}
 
-    return dataclasses.replace(
-        stream, hidden=stream.hidden[:, order], aligned={name: select(a) for name, a in stream.aligned.items()}
-    )
+
+def given_whole(batch: Batch, noise: Noise, name: str) -> tuple[Batch, Noise]:
+    """The stream `name` clean."""
+    return dataclasses.replace(batch, streams={**batch.streams, name: dataclasses.replace(batch.streams[name], clean=True)}), noise
 
 
-@pytest.mark.parametrize("name", ["video", "audio"])
-@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
-def test_permuted_tokens_give_permuted_predictions(rope_type: str, name: str) -> None:
-    model = transformer("2.3", rope_type)
-    order = torch.randperm(S + R if name == "video" else LENGTH, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("generation", "rope_type"), [("2.0", "interleaved"), ("2.0", "split"), ("2.3", "split"), ("2.5", "split")])
+def test_permuted_tokens_give_permuted_predictions(generation: str, rope_type: str, mode: str) -> None:
+    """Each sample's tokens in an order of their own: whatever belongs to a token is named as aligned with it."""
+    model = transformer(generation, rope_type)
     with torch.no_grad():
-        given = with_reference(*batch_and_noise(model, APART, conditioned=CONDITIONED))
-        state = forward.enter(model, *given, forward.RotaryTables())
-        shuffled = BlockState({**state.streams, name: _permuted(state.streams[name], order)}, state.shared)
-        for block in forward.transformer_blocks(model):
-            state, shuffled = forward.call_block(block, state), forward.call_block(block, shuffled)
-        plain, other = (forward.exit(model, s).streams for s in (state, shuffled))
-    for stream in ("video", "audio"):
-        expected = plain[stream][:, order] if stream == name else plain[stream]
-        torch.testing.assert_close(other[stream], expected, atol=2e-5, rtol=1e-5)
+        first = forward.enter(model, *MODES[mode](model), forward.RotaryTables())
+        for name, stream in first.streams.items():
+            generator = torch.Generator().manual_seed(3)
+            orders = torch.stack([torch.randperm(stream.hidden.shape[1], generator=generator) for _ in range(2)])
+            state, shuffled = first, select(first, name, orders)
+            for block in forward.transformer_blocks(model):
+                state, shuffled = forward.call_block(block, state), forward.call_block(block, shuffled)
+            plain, other = (forward.exit(model, s).streams for s in (state, shuffled))
+            for seen, values in plain.items():
+                expected = values.gather(1, orders[..., None].expand_as(values)) if seen == name else values
+                torch.testing.assert_close(other[seen], expected, atol=2e-5, rtol=1e-5, msg=f"{name} permuted, {seen} differs")
 
 
 # --- one stream alone --------------------------------------------------------------------------------------------

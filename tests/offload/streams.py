@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.config.settings import AdapterSettings
+from tuner.interfaces.blocks import BlockState
 from tuner.interfaces.memory import MemorySession
 from tuner.model.adapters import add_adapters
 from tuner.model.runner import BlockRunner, Checkpointing
@@ -34,20 +35,31 @@ class Trained:
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
 
-    def loss(self, step: int) -> Tensor:
+    def entered(self, step: int) -> BlockState:
         """Shapes alternate between two buckets; the second has no audio."""
         draw = torch.Generator().manual_seed(step)
         tokens = (5, 3) if step % 2 == 0 else (7, 0)
         video, text = torch.randn(2, tokens[0], 6, generator=draw), torch.randn(2, 4, 6, generator=draw)
         audio = torch.randn(2, tokens[1], 6, generator=draw) if tokens[1] else None
         sigma = torch.rand(2, tokens[0], generator=draw)
-        final = self.net.exit(self.runner.run(self.net.enter(video, audio, text, sigma)))
-        return torch.stack([p.square().mean() for p in final.values()]).sum()
+        return self.net.enter(video, audio, text, sigma)
 
-    def step(self, step: int, accumulation: int = 1) -> None:
-        """Writes down losses and gradients."""
-        for micro in range(accumulation):
-            loss = self.loss(step * accumulation + micro)
+    def leave(self, state: BlockState) -> Tensor:
+        return torch.stack([p.square().mean() for p in self.net.exit(state).values()]).sum()
+
+    def loss(self, step: int) -> Tensor:
+        return self.leave(self.runner.run(self.entered(step)))
+
+    def step(self, step: int, accumulation: int = 1, *, together: bool = False) -> None:
+        """Writes down losses and gradients. `together`: each block takes all batches before the next one comes."""
+        first = step * accumulation
+        if together:
+            passed = self.runner.run_all([self.entered(first + micro) for micro in range(accumulation)])
+            losses = [self.leave(after) for after, _ in passed]
+            torch.stack(losses).sum().backward()
+            self.losses += [loss.detach() for loss in losses]
+        for micro in range(0 if together else accumulation):
+            loss = self.loss(first + micro)
             loss.backward()
             self.losses.append(loss.detach())
         self.gradients += [p.grad.clone() for _, p in self.trainable() if p.grad is not None]

@@ -134,6 +134,21 @@ def test_ten_steps_equal_resident_ones_bit_for_bit(way: Way, case: Case, link: S
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_batches_that_a_block_takes_together_cost_the_loads_of_one(way: Way, link: SimulatedLink, tmp_path: Path) -> None:
+    case = Case(ALL, accumulation=4)
+    model, plainly = trained(case, session_of(way, tmp_path)), trained(case)
+    loads = []
+    for step in range(4):
+        plainly.step(step, case.accumulation)
+        model.step(step, case.accumulation, together=True)
+        loads.append(link.loads)
+    assert_bitwise(model.losses, plainly.losses)
+    assert_bitwise(model.gradients, plainly.gradients)
+    assert (loads[-1] - loads[0]) / 3 == 2 * (way.units - way.slots) and model.session.stats()["misses"] == 0
+    model.session.detach()
+
+
 def resident_weights(model: Trained) -> dict[str, torch.Tensor]:
     """Frozen weights, quantized ones as the tensors that they are made of."""
     found: dict[str, torch.Tensor] = {}

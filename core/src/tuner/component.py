@@ -23,6 +23,10 @@ class Component:
     """`package.module:attribute`, imported only when a run needs it."""
     source: str = ""
     """Paper or upstream project."""
+    extra: str = ""
+    """The extra of its distribution that installs what it needs; empty: nothing beyond the distribution's own requirements."""
+    flavours: tuple[tuple[str, str], ...] = ()
+    """Of a family: the values of `model_flavour`, the default first, each with one line for people."""
 
     def load(self) -> object:
         """Imports the factory; raises `PluginError` with the reason when that fails."""

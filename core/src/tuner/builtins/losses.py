@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
-from tuner.interfaces.family import Noise, StreamBatch
-from tuner.interfaces.losses import LossTerm, LossValue, StepState
+from tuner.interfaces.family import Noise
+from tuner.interfaces.losses import LossTerm, LossValue, StepState, token_mask
 
 
 class FlowMatchingLoss(LossTerm):
@@ -47,19 +47,6 @@ class FlowMatchingLoss(LossTerm):
         return LossValue(self.name, values, counted=torch.zeros_like(values, dtype=torch.bool), weight=self.weight)
 
 
-def token_mask(stream: StreamBatch) -> Tensor:
-    """(B, S) float32 on the latents' device: the weight of each token in the loss."""
-    shape, device = stream.latents.shape[:2], stream.latents.device
-    if stream.clean:
-        return torch.zeros(shape, device=device)
-    mask = torch.ones(shape, device=device) if stream.loss_mask is None else stream.loss_mask.float()
-    if stream.conditioned is not None:
-        mask = mask * ~stream.conditioned
-    if stream.present is not None:
-        mask = mask * stream.present[:, None]
-    return mask
-
-
 class SigmaBands:
     """Running means of the losses, in all and per band of sigma: what a low or high noise level costs is seen apart."""
 
@@ -72,7 +59,7 @@ class SigmaBands:
 
     def add(self, losses: Iterable[LossValue], noise: Noise) -> None:
         """Accumulates unweighted values on their device; a term named after a stream is split by that stream's sigma."""
-        for loss in losses:
+        for loss in chain.from_iterable(_with_measured(loss) for loss in losses):
             stream = noise.streams.get(loss.name)
             share = self._membership(loss.values, None if stream is None else stream.sigma)
             values = loss.values.detach().double()
@@ -121,3 +108,10 @@ class SigmaBands:
             return {}
         numbers = torch.stack(list(means.values())).tolist()
         return {name: number for name, number in zip(means, numbers, strict=True) if not math.isnan(number)}
+
+
+def _with_measured(loss: LossValue) -> Iterable[LossValue]:
+    """The term, and what is logged beside it as if it were one."""
+    yield loss
+    for name, values in loss.measured.items():
+        yield LossValue(f"{loss.name}/{name}", values, loss.counted)

@@ -1,4 +1,4 @@
-"""The core's own plugin, registered like any other: optimizers, quantizers and the adapter format of peft."""
+"""The core's own plugin, registered like any other: optimizers, quantizers, trackers and the adapter format of peft."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def tuner_register_optimizers() -> list[Component]:
             "adamw_bf16", "AdamW whose weights and state stay in bf16, stochastically rounded", AdamOptions,
             "tuner.builtins.optimizers:AdamWBF16", PAPER,
         ),
-        Component("adamw8bit", "AdamW with state in 8 bits", AdamOptions, "tuner.builtins.optimizers:AdamW8bit", PAPER),
+        Component("adamw8bit", "AdamW with state in 8 bits", AdamOptions, "tuner.builtins.optimizers:AdamW8bit", PAPER, extra="torchao"),
     ]
 
 
@@ -38,7 +38,21 @@ def tuner_register_quantizers() -> list[Component]:
 
 
 def _quantizer(name: str, summary: str, factory: str, source: str) -> Component:
-    return Component(name, summary, Options, f"tuner.builtins.quantizers:{factory}", source)
+    return Component(name, summary, Options, f"tuner.builtins.quantizers:{factory}", source, extra=name.rpartition("-")[2])
+
+
+@hookimpl
+def tuner_register_trackers() -> list[Component]:
+    """Three that other libraries do."""
+    return [
+        _tracker("tensorboard", "event files in the run folder, for `tensorboard --logdir`", "TensorBoard"),
+        _tracker("wandb", "a run of Weights & Biases, online or offline", "Wandb"),
+        _tracker("trackio", "a run of Trackio, on this machine or in a space of the hub", "Trackio"),
+    ]
+
+
+def _tracker(name: str, summary: str, factory: str) -> Component:
+    return Component(name, summary, Options, f"tuner.builtins.trackers:{factory}", extra=name)
 
 
 @hookimpl

@@ -22,11 +22,16 @@ from tuner.errors import TunerError
 
 COMMANDS: Mapping[str, str] = {
     "train": "Train a model as config.json and flags say.",
+    "inspect": "Show what the dataset is, and what would be trained of it.",
     "plan": "Show which memory settings fit this machine, before anything is loaded.",
     "cache": "Encode the dataset into the cache, without training.",
+    "status": "Show how runs are doing.",
+    "report": "Write the page about a run anew, or one to pass on.",
     "sample": "Generate clips, with or without a trained adapter.",
     "export": "Write a trained adapter to the file layout of another program.",
     "push": "Upload a finished run to the model hub.",
+    "configure": "Ask what is to be trained, and write the configuration.",
+    "doctor": "Say what is missing on this machine, and how to mend it.",
     "plugins": "List plugins, show one, check all.",
     "options": "List the keys of config.json, or explain one.",
 }

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,10 +13,11 @@ import click
 
 from tuner.cli.common import configured_command
 from tuner.cli.table import columns
-from tuner.config.resolve import Settings, read_object
+from tuner.config.edit import apply_keys
+from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings
 from tuner.config.vocabulary import Vocabulary
-from tuner.errors import ConfigError, DiskError, OutOfMemoryError
+from tuner.errors import ConfigError, OutOfMemoryError
 from tuner.plugins.registry import Registry
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) ->
     if not ranked[0].fits(machine):
         raise _nothing_fits(ranked, job, machine)
     if arguments["apply"]:
-        changed = apply_keys(Path(arguments["apply"]), ranked[0].keys, registry, settings)
+        changed = apply_keys(Path(arguments["apply"]), ranked[0].keys, Vocabulary(registry.option_types), settings)
         click.echo(changed, err=arguments["as_json"])
     return 0
 
@@ -178,58 +177,6 @@ def _object(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> dic
             for row in ranked
         ],
     }  # fmt: skip
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
-def apply_keys(path: Path, keys: Mapping[str, object], registry: Registry, settings: Settings) -> str:
-    """Puts `keys` into the configuration file at once; everything else and the order stay. Returns what changed, in words.
-
-    Raises `ConfigError` where a flag or variable would overrule the file, where the file gives a key twice, or is no configuration.
-    """
-    vocabulary = Vocabulary(registry.option_types)
-    pairs = read_object(path)
-    spelled: dict[str, list[str]] = {}
-    for name, _ in pairs:
-        if (known := vocabulary.find(name)) is not None:
-            spelled.setdefault(known.name, []).append(name)
-    _check_conflicts(path, keys, spelled, settings)
-    content, said = dict(pairs), []
-    for key, value in keys.items():
-        name = spelled.get(key, [key])[0]
-        if name not in content and vocabulary.keys[key].default == value:
-            continue
-        if name not in content or content[name] != value:
-            said.append(f"{key}: {json.dumps(content[name]) + ' -> ' if name in content else ''}{json.dumps(value)}")
-        content[name] = value
-    if said:
-        _replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    return f"{path}: " + ("; ".join(said) if said else "holds this already")
-
-
-def _check_conflicts(path: Path, keys: Mapping[str, object], spelled: Mapping[str, Sequence[str]], settings: Settings) -> None:
-    for key, value in keys.items():
-        if len(spelled.get(key, ())) > 1:
-            raise ConfigError(f"is given more than once in {path}", where=key, value=list(spelled[key]), remedy="leave one of them")
-        if (origin := settings.origin(key)) in ("flag", "environment") and settings.value(key) != value:
-            raise ConfigError(
-                f"the plan needs {json.dumps(value)}, but a {origin.replace('environment', 'variable')} sets it and wins over {path}",
-                where=key, value=settings.value(key), remedy="leave it out and plan again",
-            )  # fmt: skip
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(path.stat().st_mode & 0o777)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise DiskError(f"cannot be written: {error.strerror}", where=str(path)) from error
 
 
 def _size_option(name: str, text: str) -> click.Option:

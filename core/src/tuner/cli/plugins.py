@@ -1,4 +1,4 @@
-"""`tuner plugins`: what is installed, what it offers, and whether it works."""
+"""`tuner plugins`: what is installed, what it offers, whether it works; and a new one to start from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import click
 
+from tuner.cli import plugins_new
 from tuner.cli.table import columns
 from tuner.config.vocabulary import keys_of
 from tuner.errors import PluginError
@@ -19,7 +20,7 @@ as_json_flag = click.option("--json", "as_json", is_flag=True, help="One JSON ob
 @as_json_flag
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """List plugins, show one, check all."""
+    """List plugins, show one, check all, write a new one."""
     if ctx.invoked_subcommand is None:
         list_plugins(as_json)
 
@@ -79,3 +80,6 @@ def check(as_json: bool) -> None:
         click.echo(columns(("PLUGIN", "SUBJECT", "RESULT", "REASON"), rows))
     if failed:
         raise PluginError(f"{len(failed)} of {len(findings)} checks failed", value=[f"{f.plugin}: {f.subject}" for f in failed])
+
+
+command.add_command(plugins_new.command)

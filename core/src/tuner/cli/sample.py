@@ -1,4 +1,4 @@
-"""`tuner sample`: a prompt becomes an mp4 with sound."""
+"""`tuner sample`: a prompt becomes an mp4 with sound, from a first frame or to a sound if one is given."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tuner.plugins.registry import Registry
 
 def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) -> int:
     """Loads the model, puts what was trained over it, generates, writes."""
-    from tuner.train.sample import Trained, sample  # torch
+    from tuner.train.sample import GivenFiles, Trained, sample  # torch
 
-    weights, lora = (Path(arguments[name]) if arguments[name] else None for name in ("weights", "lora"))
-    trained = Trained(weights, lora, arguments["strength"])
-    written = sample(registry, settings, arguments["prompt"], Path(arguments["output"]), trained, arguments["no_sound"])
+    weights, first_frame, sound = (Path(arguments[name]) if arguments[name] else None for name in ("weights", "first_frame", "given_sound"))
+    trained, given = Trained(weights, arguments["lora"] or "", arguments["strength"]), GivenFiles(first_frame, sound)
+    written = sample(registry, settings, arguments["prompt"], Path(arguments["output"]), trained, arguments["no_sound"], given)
     click.echo(str(written))
     return 0
 
@@ -31,11 +31,13 @@ command = configured_command(
     run,
     [
         click.Option(["--prompt"], default="", help="What to generate; validation_prompt when empty."),
-        click.Option(["--lora"], metavar="FILE", help="An adapter file in any known layout, a checkpoint or a run folder."),
+        click.Option(["--lora"], metavar="FILE", help="An adapter in any known layout: a file, a checkpoint or run folder, or OWNER/NAME:FILE."),
         click.Option(
             ["--weights"], metavar="FILE", help="Weights of a full fine-tuning, as its run folder holds them, in place of the base model's."
         ),
         click.Option(["--strength"], type=float, default=1.0, show_default=True, help="Scale of the adapter."),
+        click.Option(["--first-frame", "first_frame"], metavar="FILE", help="A picture, or a clip whose first frame the clip begins with."),
+        click.Option(["--sound", "given_sound"], metavar="FILE", help="A sound, or a clip whose sound the picture is made to."),
         click.Option(["--output", "-o"], default="sample.mp4", show_default=True, metavar="FILE", help="The mp4 to write."),
         click.Option(["--no-sound", "no_sound"], is_flag=True, help="Generate the picture only."),
     ],

@@ -91,6 +91,7 @@ class Terminal:
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """Label and text of each line of the plan."""
     from tuner.train.plan import memory_facts  # torch
+    from tuner.train.rules import training_facts
 
     settings, facts, manifest = plan.settings, plan.facts, plan.manifest
     optimizer, train = settings.get(OptimizerSettings), settings.get(TrainSettings)
@@ -109,9 +110,11 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("device", f"{plan.context.device}, {str(plan.context.dtype).removeprefix('torch.')}"),
         ("output", str(plan.context.output_dir)),
         *(("download", text) for text in plan.downloads),
+        *(("regularizer", ": ".join(filter(None, [r.name, r.describe(training_facts(plan))]))) for r in plan.regularizers),
         *(("precision", text) for text in describe_precision(plan)),
         *(("memory", f"{strategy.name}: {strategy.plan(memory_facts(plan)).summary}") for strategy in plan.memory.strategies),
         *([("memory", plan.predicted.describe())] if plan.predicted else []),
+        *plan.validation.describe(),
     ]  # fmt: skip
 
 

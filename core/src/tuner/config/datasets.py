@@ -36,17 +36,31 @@ from tuner.config.entries import (
     VideoOptions,
 )
 from tuner.config.linking import link
-from tuner.config.settings import DataSettings
+from tuner.config.resolve import Settings
+from tuner.config.settings import DataSettings, RunSettings
 from tuner.errors import ConfigError, DataError
 
 __all__ = [
     "AudioEntry", "AudioOptions", "CaptionStrategy", "CaptionedEntry", "ConditioningEntry", "DatasetEntry", "EvalEntry", "FolderEntry",
     "ImageEmbedsEntry", "ImageEntry", "PictureEntry", "ResolutionType", "TextEntry", "TrainedEntry", "VideoEntry", "VideoOptions",
-    "load_datasets",
+    "configured_datasets", "load_datasets", "read_entries",
 ]  # fmt: skip
 
 OTHER_TYPES = frozenset({"s3", "aws", "csv", "huggingface", "webshart", "memory"})
 OTHER_DATASETS = frozenset({"conditioning_image_embeds", "caption", "distillation_cache"})
+
+
+def configured_datasets(settings: Settings, family: str) -> list[DatasetEntry]:
+    """The entries of a run: of its dataset file, or one for its folder of clips. `family` fills a placeholder.
+
+    Raises `ConfigError`, `DataError` as `load_datasets` does.
+    """
+    data = settings.get(DataSettings)
+    if not data.data_backend_config and not data.data:
+        raise ConfigError("no dataset was given", where="data_backend_config", remedy="add --data FOLDER, or --data_backend_config FILE")
+    placeholders = {"model_family": family, "output_dir": settings.get(RunSettings).output_dir}
+    file = Path(data.data_backend_config) if data.data_backend_config else None
+    return load_datasets(file, Path(data.data) if data.data else None, data, placeholders)
 
 
 def load_datasets(path: Path | None, data_dir: Path | None, settings: DataSettings, placeholders: Mapping[str, str]) -> list[DatasetEntry]:
@@ -60,7 +74,7 @@ def load_datasets(path: Path | None, data_dir: Path | None, settings: DataSettin
             "exactly one of a dataset file and a folder of clips is needed", where="data_backend_config, data",
             value={"data_backend_config": path and str(path), "data": data_dir and str(data_dir)}, remedy="give one of the two",
         )  # fmt: skip
-    raw = _read(path) if path else [{"id": "data", "instance_data_dir": str(data_dir)}]
+    raw = read_entries(path) if path else [{"id": "data", "instance_data_dir": str(data_dir)}]
     entries, others, problems = _parse_all(raw, settings, placeholders)
     where = str(path) if path else "data"
     entries, unlinked = link(entries, others)
@@ -73,7 +87,8 @@ def load_datasets(path: Path | None, data_dir: Path | None, settings: DataSettin
     return entries
 
 
-def _read(path: Path) -> list[object]:
+def read_entries(path: Path) -> list[object]:
+    """The entries as they stand in the file, unchecked. Raises `ConfigError`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -239,6 +254,9 @@ def _picture_contradictions(entry: PictureEntry) -> list[tuple[bool, str]]:
 
 def _require_folders(entries: Sequence[DatasetEntry], where: str) -> None:
     missing = [e for e in entries if isinstance(e, FolderEntry) and not e.instance_data_dir.is_dir()]
+    if files := [e.instance_data_dir for e in missing if e.instance_data_dir.exists()]:
+        kind = "give a dataset file as data_backend_config" if files[0].suffix == ".json" else "give the folder that it lies in"
+        raise DataError("is a file, where a folder is needed", where=where, value=str(files[0]), remedy=kind)
     if missing:
         lines = "".join(f"\n  entry {e.id!r}: {e.instance_data_dir}" for e in missing)
         raise DataError(

@@ -1,4 +1,4 @@
-"""One declaration per key: it gives the flag, the config key, `--help`, the JSON Schema and the reference page."""
+"""One declaration per key: it gives the flag, the config key, `--help`, the JSON Schema, the reference page and the question."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class Options(BaseModel):
         """Whether the component is switched on by these values; components chosen by name leave it True."""
         return True
 
+    def follows_length(self) -> bool:
+        """Whether what a step computes depends on the length of the run; such a run cannot be made longer afterwards."""
+        return False
+
 
 def option(
     default: Any,
@@ -40,9 +44,20 @@ def option(
     lt: float | None = None,
     examples: Sequence[object] = (),
     metavar: str = "",
+    ask: str = "",
+    effect: str = "",
+    ask_if: Mapping[str, object] = {},
+    suggest: object = None,
 ) -> Any:
-    """A key that works. `help` is one sentence; `unit` is seconds, frames, pixels, ...; `aliases` are accepted too."""
+    """A key that works. `help` is one sentence; `unit` is seconds, frames, pixels, ...; `aliases` are accepted too.
+
+    `ask`: the question of `tuner configure`; a key without one is not asked. The first question of a group is always asked, the
+    others while the group is `enabled()`, and one with `ask_if` only where those other keys have those values. `effect`: what another
+    value leads to, shown on `?`. `suggest`: what the question offers where that is not the default.
+    """
     extra: dict[str, Any] = {"unit": unit, "aliases": list(aliases), "metavar": metavar}
+    if ask:
+        extra.update(ask=ask, effect=effect, ask_if=dict(ask_if), suggest=suggest)
     return Field(default, description=help, ge=ge, gt=gt, le=le, lt=lt, examples=list(examples) or None, json_schema_extra=extra)
 
 

@@ -36,7 +36,10 @@ def json_schema(option_types: Iterable[type[Options]]) -> dict[str, Any]:
 
 def _property(key: Key, declared: dict[str, Any]) -> dict[str, Any]:
     """pydantic's schema of a field with null allowed, and only the facts that a reader of the schema can use."""
-    dropped = {"title", "description", "default", "unit", "aliases", "metavar", "unsupported", "changes_results", "examples"}
+    dropped = {
+        "title", "description", "default", "unit", "aliases", "metavar", "unsupported", "changes_results", "examples", "ask", "effect",
+        "ask_if", "suggest",
+    }  # fmt: skip
     rule = {name: value for name, value in declared.items() if name not in dropped}
     facts: dict[str, Any] = {"description": key.help, "default": declared.get("default")}
     if key.unit:

@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 
 from tuner.config.options import Options, option, unsupported
 from tuner.config.rollout_settings import RolloutSettings
-
-LATER = "not part of this version"
+from tuner.config.validation_settings import ValidationSettings
 
 
 class ModelSettings(Options):
@@ -15,29 +14,56 @@ class ModelSettings(Options):
 
     title: ClassVar[str] = "Model"
 
-    model_family: str = option("", help="Which family of models to train, by the name that `tuner plugins` lists.", aliases=("family",))
-    model_flavour: str = option("", help="Which published checkpoint of the family; the family's default when empty.")
-    model_type: Literal["lora", "full"] = option("lora", help="Train low-rank adapters, or every weight.")
+    model_family: str = option(
+        "", help="Which family of models to train, by the name that `tuner plugins` lists.", aliases=("family",),
+        ask="Which family of models?", effect="A family is a plugin: another one is there once its plugin is installed.",
+    )  # fmt: skip
+    model_flavour: str = option(
+        "", help="Which published checkpoint of the family; the family's default when empty.", ask="Which checkpoint of it?",
+        effect="The files are fetched from the model hub when training begins, tens of gigabytes for a large model. What is trained on "
+        "one checkpoint works best with that one.",
+    )
+    model_type: Literal["lora", "full"] = option(
+        "lora", help="Train low-rank adapters, or every weight.", ask="Train low-rank adapters, or every weight?",
+        effect="`full` holds gradients and optimizer state of all weights: several times the memory of `lora`, and the result is as "
+        "large as the model. An adapter is a file of some hundred megabytes.",
+    )
     pretrained_model_name_or_path: str = option(
-        "", help="Hub repository, folder or single .safetensors file; the flavour's own repository when empty."
+        "", help="Hub repository, folder or single .safetensors file; the flavour's own repository when empty.",
+        ask="Weights of your own? A .safetensors file, a folder or a hub repository; Enter for the checkpoint's own",
+        effect="Files that lie on this disk already are not fetched again.",
     )
     revision: str = option("", help="Commit, tag or branch of the hub repository; resolved to a commit and recorded.")
     text_encoder_path: str = option(
         "", help="Hub repository or folder of the text encoder, where the checkpoint does not bring one.",
         aliases=("pretrained_text_encoder_model_name_or_path",),
     )
-    mixed_precision: Literal["no", "bf16"] = option("bf16", help="What frozen weights are held and computed in: bf16, or fp32 for `no`.")
-    gradient_checkpointing: bool = option(True, help="Recompute blocks in backward instead of keeping their activations.")
+    mixed_precision: Literal["no", "bf16"] = option(
+        "bf16", help="What frozen weights are held and computed in: bf16, or fp32 for `no`.", ask="Compute in bf16, or in fp32?",
+        effect="bf16 is for GPUs. A processor is very slow in it: choose `no` there, which takes twice the memory.",
+    )
+    gradient_checkpointing: bool | Literal["auto"] = option(
+        True, help="Recompute blocks in backward instead of keeping their activations. "
+        "`auto`: keeps those of as many blocks as fit on the GPU."
+    )
     gradient_checkpointing_interval: int = option(
         1, ge=1, help="Keep the activations of every k-th block: 1 recomputes all, 2 every other one.", unit="blocks"
     )
-    base_model_precision: str = option("no_change", help="Precision of the frozen blocks: `no_change`, or the name of a quantizer.")
+    base_model_precision: str = option(
+        "no_change", help="Precision of the frozen blocks: `no_change`, or the name of a quantizer.",
+        ask="Precision of the frozen weights?", ask_if={"model_type": "lora"},
+        effect="8 bits take half the memory and are close to the original, 4 bits take a quarter and are coarser. The adapter itself "
+        "is not rounded.",
+    )
     text_encoder_1_precision: str = option("no_change", help="The same for the text encoder.")
     cuda_graphs: Literal["auto", "on", "off"] = option(
         "auto", help="Replay forward and backward of each shape of batch as one CUDA graph: the step no longer waits for the CPU. "
         "`auto`: where nothing speaks against it."
     )
-    dynamo_mode: str = unsupported(help="torch.compile of the blocks.", reason="compilation is " + LATER, changes_results=False, default="")
+    dynamo_mode: Literal["", "no", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
+        "", help="Compile the blocks with torch.compile, in this mode; empty, `no` or `off`: not. "
+        "CUDA graphs are a matter of `cuda_graphs`."
+    )
 
 
 class AdapterSettings(Options):
@@ -45,7 +71,10 @@ class AdapterSettings(Options):
 
     title: ClassVar[str] = "Adapter"
 
-    lora_rank: int = option(16, ge=1, help="Rank of the adapters.")
+    lora_rank: int = option(
+        16, ge=1, help="Rank of the adapters.", ask="Rank of the adapters?", ask_if={"model_type": "lora"},
+        effect="Higher learns more detail, and more of what is only in your clips; memory and the file grow with it. 8 to 64 are usual.",
+    )
     lora_alpha: float | None = option(None, gt=0, help="Scale: the adapter's product is multiplied by alpha / rank; the rank when empty.")
     lora_dropout: float = option(0.0, ge=0, lt=1, help="Dropout on the adapter's input.")
     peft_lora_target_modules: list[str] | str | None = option(
@@ -66,7 +95,10 @@ class OptimizerSettings(Options):
     title: ClassVar[str] = "Optimizer"
 
     optimizer: str = option("adamw_bf16", help="Which optimizer, by the name that `tuner plugins` lists.")
-    learning_rate: float = option(1e-4, gt=0, help="Peak learning rate.")
+    learning_rate: float = option(
+        1e-4, gt=0, help="Peak learning rate.", ask="Learning rate?",
+        effect="Higher learns faster and is sooner unstable. 1e-4 to 2e-4 are usual for adapters, a tenth of that for full fine-tuning.",
+    )
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = option(
         "constant_with_warmup", help="Course of the learning rate over the run."
     )
@@ -75,6 +107,10 @@ class OptimizerSettings(Options):
     lr_power: float = option(1.0, gt=0, help="Power of `polynomial`.")
     max_grad_norm: float = option(1.0, ge=0, help="Gradients are scaled down to this norm; 0 leaves them.")
     gradient_accumulation_steps: int = option(1, ge=1, help="Batches per optimizer step.", unit="batches")
+    gradient_accumulation_order: Literal["auto", "batch", "layer"] = option(
+        "auto", help="Each batch through all blocks, or each block takes all batches before the next one is brought in. "
+        "`auto`: the second where weights are brought in from host memory and no bit of the result changes."
+    )
 
 
 class TrainSettings(Options):
@@ -82,8 +118,15 @@ class TrainSettings(Options):
 
     title: ClassVar[str] = "Training"
 
-    train_batch_size: int = option(1, ge=1, help="Clips per batch and device.", unit="clips")
-    max_train_steps: int = option(0, ge=0, help="Optimizer steps; 0: `num_train_epochs` decides.", unit="steps")
+    train_batch_size: int = option(
+        1, ge=1, help="Clips per batch and device.", unit="clips", ask="How many clips in a batch?",
+        effect="More is steadier, and takes memory and time with each clip.",
+    )
+    max_train_steps: int = option(
+        0, ge=0, help="Optimizer steps; 0: `num_train_epochs` decides.", unit="steps", ask="How many steps?", suggest=2000,
+        ask_if={"num_train_epochs": 0}, effect="Steps times the batch, divided by the number of clips, is how often each clip is seen. "
+        "Too few: the result shows little effect; too many: it copies your clips.",
+    )
     num_train_epochs: int = option(0, ge=0, help="Passes over the dataset; 0: `max_train_steps` decides.", unit="epochs")
     seed: int = option(42, ge=0, help="Every random draw derives from it.")
     caption_dropout_probability: float = option(0.0, ge=0, le=1, help="How often a clip is trained with the empty caption.")
@@ -92,9 +135,6 @@ class TrainSettings(Options):
     )
     flow_schedule_shift: float = option(3.0, gt=0, help="S in S·s / (1 + (S - 1)·s), for `logit_normal`.")
     sigma_pairing: Literal["independent", "shared"] = option("independent", help="Whether streams of a sample draw their own noise level.")
-    disable_benchmark: bool = unsupported(
-        help="Skip a baseline sample before training.", reason="no such sample is made", changes_results=False, default=True
-    )
 
 
 class DataSettings(Options):
@@ -103,9 +143,17 @@ class DataSettings(Options):
     title: ClassVar[str] = "Data"
 
     data_backend_config: str = option("", help="The dataset file: a JSON list of entries.", metavar="FILE")
-    data: str = option("", help="A folder of clips with .txt captions: short for a dataset file with one video entry.", metavar="DIR")
+    data: str = option(
+        "", help="A folder of clips with .txt captions: short for a dataset file with one video entry.", metavar="DIR",
+        ask="Folder with your clips?", effect="Subfolders count. Beside each clip lies a text file of the same name with its caption. "
+        "No file there is ever changed.",
+    )
     cache_dir: str = option("cache", help="Where encoded clips and captions are kept, unless an entry names its own.", metavar="DIR")
-    resolution: float = option(512, gt=0, help="Side of the square whose area a clip is resized to, or megapixels for `area`.")
+    resolution: float = option(
+        512, gt=0, help="Side of the square whose area a clip is resized to, or megapixels for `area`.",
+        ask="Resolution? The side of a square of the area that clips are resized to",
+        effect="Their shape stays. More shows finer detail; memory and time grow with the area, and faster for long clips.",
+    )
     resolution_type: Literal["pixel", "pixel_area", "area"] = option(
         "pixel_area", help="What `resolution` means: shorter side, side of the square of equal area, or megapixels."
     )
@@ -135,13 +183,17 @@ class RunSettings(Options):
 
     title: ClassVar[str] = "Run"
 
-    output_dir: str = option("output", help="The run folder.", metavar="DIR")
+    output_dir: str = option(
+        "output", help="The run folder.", metavar="DIR", ask="Folder for the result?",
+        effect="Checkpoints, the trained files, samples and logs go there; a run of its own needs a folder of its own.",
+    )
     checkpoint_step_interval: int = option(
-        500, ge=0, help="A checkpoint every so many steps; 0: only at the end.", unit="steps", aliases=("checkpointing_steps",)
+        500, ge=0, help="A checkpoint every so many steps; 0: only at the end.", unit="steps", aliases=("checkpointing_steps",),
+        ask="A checkpoint every how many steps?", effect="A run that is interrupted goes on from the newest one.",
     )
     checkpoints_total_limit: int = option(5, ge=0, help="Older checkpoints beyond this number are deleted; 0: keep all.")
     resume_from_checkpoint: str = option("", help="`latest`, or a checkpoint folder.", metavar="DIR")
-    report_to: str = option("none", help="Trackers beside metrics.jsonl, separated by commas; `none`.")
+    report_to: str = option("none", help="Trackers beside metrics.jsonl, separated by commas: `tensorboard`, `wandb`, `trackio`; `none`.")
     tracker_project_name: str = option("tuner", help="Project name for trackers.")
     tracker_run_name: str = option("", help="Run name for trackers; the output folder's name when empty.")
     log_interval: int = option(1, ge=1, help="Steps between two rows of metrics.jsonl and of trackers.", unit="steps")
@@ -150,47 +202,6 @@ class RunSettings(Options):
         "", help="Repository to upload to, as `owner/name`; when empty one of your own, called as the run is for trackers."
     )
     hub_private: bool = option(True, help="Only you, or the members of the owning organization, see the repository.")
-
-
-class ValidationSettings(Options):
-    """The sample at the end of a run."""
-
-    title: ClassVar[str] = "Validation"
-
-    validation_disable: bool = option(False, help="Make no sample at the end of the run.")
-    validation_prompt: str = option("", help="Prompt of the sample; no sample when empty.")
-    validation_negative_prompt: str = option("", help="What guidance leads away from.")
-    validation_guidance: float = option(5.0, ge=1, help="Classifier-free guidance of the sample; 1 switches it off.")
-    validation_num_inference_steps: int = option(40, ge=1, help="Steps of the sample.", unit="steps")
-    validation_num_video_frames: int = option(81, ge=1, help="Length of the sample.", unit="frames")
-    validation_resolution: str = option("768x512", help="Width x height of the sample.", unit="pixels")
-    validation_seed: int = option(42, ge=0, help="Seed of the sample.")
-    validation_disable_unconditional: bool = unsupported(
-        help="Leave out the sample with the empty prompt.", reason="no such sample is made", changes_results=False, default=True
-    )
-    validation_step_interval: int = unsupported(
-        help="Samples during training.", reason="samples are made at the end of the run", changes_results=False, default=0,
-        aliases=("validation_steps",)
-    )
-    validation_prompt_library: str | bool = unsupported(
-        help="A file of prompts.", reason="prompt libraries are " + LATER, changes_results=False, default=""
-    )
-    validation_using_datasets: bool = unsupported(
-        help="Samples from evaluation images.", reason="evaluation datasets are " + LATER, changes_results=False, default=False
-    )
-    validation_adapter_path: str = unsupported(
-        help="A second adapter for samples.", reason="adapters for samples are " + LATER, changes_results=False, default=""
-    )
-    validation_adapter_config: str | dict[str, object] | None = unsupported(
-        help="Adapters for samples.", reason="adapters for samples are " + LATER, changes_results=False
-    )
-    validation_adapter_strength: float = unsupported(
-        help="Strength of that adapter.", reason="adapters for samples are " + LATER, changes_results=False, default=1.0
-    )
-    evaluation_type: str = unsupported(help="Scores for samples.", reason="scores are " + LATER, changes_results=False, default="none")
-    eval_dataset_id: str = unsupported(
-        help="Which dataset to evaluate on.", reason="evaluation datasets are " + LATER, changes_results=False, default=""
-    )
 
 
 CORE_OPTIONS: tuple[type[Options], ...] = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tuner.config.entries import AudioEntry, FolderEntry, ImageEntry, VideoEntry
+from tuner.config.entries import AudioEntry, EvalEntry, FolderEntry, ImageEntry, VideoEntry
 from tuner.data.media_index import Examined, MediaIndex, examine
 from tuner.data.workers import DecodeWorkers
 from tuner.errors import DataError
@@ -36,6 +36,8 @@ def suffixes(entry: FolderEntry) -> frozenset[str]:
         return CLIPS
     if isinstance(entry, ImageEntry):
         return PICTURES
+    if isinstance(entry, EvalEntry) and entry.audio.audio_only:
+        return SOUNDS | CLIPS
     return SOUNDS if isinstance(entry, AudioEntry) else CLIPS | PICTURES
 
 
@@ -101,4 +103,6 @@ def _plural(entry: FolderEntry) -> str:
         return "clips"
     if isinstance(entry, ImageEntry):
         return "pictures"
+    if isinstance(entry, EvalEntry) and entry.audio.audio_only:
+        return "sounds or clips"
     return "sounds" if isinstance(entry, AudioEntry) else "clips or pictures"

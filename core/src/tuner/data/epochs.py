@@ -45,8 +45,30 @@ def plan_epoch(items: Sequence[Item], batch_size: int, seed: int, epoch: int) ->
 
 def batches_per_epoch(items: Sequence[Item], batch_size: int) -> int:
     """How many batches `plan_epoch` makes: the same number for every epoch."""
-    totals = (sum(_taken(items, source) for source in sources.values()) for sources in _turns(items).values())
-    return sum(-(-total // batch_size) for total in totals)
+    return sum(group.batches for group in group_turns(items, batch_size))
+
+
+@dataclass(frozen=True)
+class GroupTurns:
+    """One group in an epoch."""
+
+    group: Group
+    items: int
+    turns: int
+    batches: int
+    last: int
+    """Items in the last batch, which may be incomplete."""
+
+
+def group_turns(items: Sequence[Item], batch_size: int) -> list[GroupTurns]:
+    """The groups of `plan_epoch`, those with most turns first."""
+    groups = []
+    for group, sources in _turns(items).items():
+        turns = sum(_taken(items, source) for source in sources.values())
+        batches = -(-turns // batch_size)
+        count = sum(repeat == 0 for source in sources.values() for _, repeat in source)
+        groups.append(GroupTurns(group, count, turns, batches, turns - (batches - 1) * batch_size))
+    return sorted(groups, key=lambda group: -group.turns)
 
 
 def sound_share(items: Sequence[Item], batch_size: int, seed: int) -> float:

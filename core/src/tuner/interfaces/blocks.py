@@ -63,6 +63,8 @@ class BlockSet:
 
     blocks: tuple[nn.Module, ...]
     names: tuple[str, ...]
+    widths: Mapping[str, int] = field(default_factory=dict)
+    """Stream -> D, the channels of its tokens; a stream that is missing: not told."""
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -72,10 +74,13 @@ class BlockSet:
         return sum(p.numel() * p.element_size() for p in self.blocks[index].parameters() if not p.requires_grad)
 
     @staticmethod
-    def of(model: nn.Module, blocks: Sequence[nn.Module]) -> BlockSet:
-        """Names the given blocks as `model` does. Raises KeyError for a block that is not one of its modules."""
+    def of(model: nn.Module, blocks: Sequence[nn.Module], widths: Mapping[str, int] | None = None) -> BlockSet:
+        """Names the given blocks as `model` does; `widths`: stream -> channels of its tokens.
+
+        Raises KeyError for a block that is not one of the model's modules.
+        """
         names = {id(module): name for name, module in model.named_modules()}
-        return BlockSet(tuple(blocks), tuple(names[id(block)] for block in blocks))
+        return BlockSet(tuple(blocks), tuple(names[id(block)] for block in blocks), widths or {})
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:

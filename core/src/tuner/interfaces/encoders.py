@@ -70,6 +70,10 @@ class LatentEncoder(ABC):
     def encode(self, sources: Sequence[Source]) -> list[Record]:
         """Encodes equally shaped sources; CPU tensors in, CPU tensors out, one record each."""
 
+    def downloads(self) -> Sequence[str]:
+        """What `settings` and `load` would have to download first, in words. Asked once the plan has no problems."""
+        return ()
+
     def reduce_memory(self) -> str | None:
         """Switches, loaded or not, to a way of encoding that is slower, needs less memory and gives the same records.
 

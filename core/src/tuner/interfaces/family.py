@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from tuner.config.options import Options
 from tuner.interfaces.blocks import BlockSet, BlockState
-from tuner.interfaces.encoders import AudioClip, LatentEncoder, Record, VideoClip
+from tuner.interfaces.encoders import LatentEncoder, Record
+from tuner.interfaces.samples import Generated as Generated
+from tuner.interfaces.samples import SampleRequest as SampleRequest
 from tuner.interfaces.services import CardFacts
 
 if TYPE_CHECKING:
@@ -38,6 +40,10 @@ class BuildContext:
     output_dir: Path
     memory: PartMemory | None = None
     """Opens the parts that a family loads itself, such as a text encoder; None: everything is put on `device` as it is."""
+    geometry: Geometry | None = None
+    """Of the run's family; None while the family itself is built."""
+    total_steps: int = 0
+    """Optimizer steps of the run, once it is assembled; 0 before."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +185,8 @@ class Batch:
     """Frames per second of each sample; of a sound-only batch the run's, where it means nothing."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Cached features that regularizers asked for: "encoder.tensor" -> (B, ...). Absent where a sample of the batch has none."""
+    most_given: Mapping[str, int] = field(default_factory=dict)
+    """Stream -> the most `conditioned` tokens of one sample, which the host knows without asking; a stream that is missing: not counted."""
 
 
 @dataclass(frozen=True)
@@ -213,33 +221,6 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class SampleRequest:
-    """One clip to generate."""
-
-    prompt: str
-    negative_prompt: str = ""
-    width: int = 768
-    height: int = 512
-    frames: int = 81
-    frame_rate: float = 25.0
-    steps: int = 40
-    guidance: float = 5.0
-    audio_guidance: float | None = None
-    seed: int = 42
-    sound: bool = True
-
-
-@dataclass(frozen=True)
-class Generated:
-    """A sampled clip: `video` uint8 (F, H, W, 3), `sound` float32 (channels, samples) or None, and the latents they came from."""
-
-    video: VideoClip | None
-    sound: AudioClip | None
-    latents: Mapping[str, Tensor]
-    """Stream -> (1, S, C) normalised tokens."""
-
-
-@dataclass(frozen=True)
 class Located:
     """Where a model lies on this disk."""
 
@@ -261,6 +242,8 @@ class ModelFamily(ABC):
     geometry: ClassVar[Geometry]
     stream_names: ClassVar[tuple[str, ...]]
     token_shift: ClassVar[TokenShift]
+    caption_tokens: ClassVar[int] = 0
+    """Tokens of a caption that the model reads; what follows is cut off. 0: no limit is known."""
 
     # --- before anything is loaded -------------------------------------------------------------------------------
     @abstractmethod
@@ -335,6 +318,10 @@ class ModelFamily(ABC):
     def collate(self, samples: Sequence[Sample], streams: Sequence[str]) -> Batch:
         """Stacks cached records into a batch on the CPU; pads and masks what is missing."""
 
+    def collate_fixed(self, samples: Sequence[Sample], streams: Sequence[str]) -> Batch:
+        """`collate` with nothing left to chance: only what the dataset asks for is given. For losses that are compared between runs."""
+        return self.collate(samples, streams)
+
     @abstractmethod
     def dummy_batch(
         self, model: nn.Module, shape: ClipShape, batch_size: int, streams: Sequence[str], device: torch.device
@@ -372,7 +359,10 @@ class ModelFamily(ABC):
 
     # --- sampling ------------------------------------------------------------------------------------------------
     def check_request(self, request: SampleRequest) -> None:
-        """Raises `ConfigError` for a size or length that cannot be generated. Called while planning."""
+        """Raises `ConfigError` for a size or length that cannot be generated, or for what cannot be given. Called while planning.
+
+        Records of what is given are not made yet then: those of the request, if any, are empty.
+        """
 
     def check_sampling(self, source: WeightSource) -> None:
         """Raises `CheckpointError` where the checkpoint lacks what samples are made with. Called while planning."""
@@ -390,7 +380,10 @@ class ModelFamily(ABC):
         run_blocks: BlockFunction,
         streams: Sequence[str],
     ) -> list[Generated]:
-        """Generates clips. Text is encoded first and the encoder dropped; `run_blocks` runs the blocks."""
+        """Generates clips. Text that the requests do not bring is encoded first and the encoder dropped; `run_blocks` runs the blocks.
+
+        Raises `ConfigError` for a record that does not fit its request, or whose stream is not among `streams`.
+        """
 
 
 class BlockFunction(ABC):

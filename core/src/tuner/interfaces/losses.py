@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tuner.errors import TunerError
 from tuner.interfaces.blocks import BlockSet, BlockState
 from tuner.interfaces.encoders import LatentEncoder
-from tuner.interfaces.family import Batch, ClipShape, Noise, Prediction
+from tuner.interfaces.family import Batch, ClipShape, Noise, Prediction, StreamBatch
 
 if TYPE_CHECKING:
     from tuner.interfaces.family import BuildContext
@@ -55,6 +55,8 @@ class LossValue:
     counted: Tensor | None = None
     """(B,) bool; None: all. No sample counted: the term is 0, never NaN."""
     weight: float | Tensor = 1.0
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name -> (B,) float32 without a graph: what is logged beside the term, as `loss/<term>/<name>`, over the counted samples."""
 
     def reduced(self) -> Tensor:
         """weight · mean over counted samples; shape ()."""
@@ -62,6 +64,19 @@ class LossValue:
             return self.values.mean() * self.weight
         counted = self.counted.to(self.values.dtype)
         return (self.values * counted).sum() / counted.sum().clamp(min=1) * self.weight
+
+
+def token_mask(stream: StreamBatch) -> Tensor:
+    """(B, S) float32 on the latents' device: the weight of each token in the stream's loss."""
+    shape, device = stream.latents.shape[:2], stream.latents.device
+    if stream.clean:
+        return torch.zeros(shape, device=device)
+    mask = torch.ones(shape, device=device) if stream.loss_mask is None else stream.loss_mask.float()
+    if stream.conditioned is not None:
+        mask = mask * ~stream.conditioned
+    if stream.present is not None:
+        mask = mask * stream.present[:, None]
+    return mask
 
 
 class LossTerm(ABC):
@@ -131,7 +146,8 @@ class ForwardPasses(ABC):
     ) -> ExtraPass:
         """`adapter` False: the base model alone. `weights`: used in place of the trained ones of the same names, for this pass.
 
-        Raises `ValueError` for `adapter` False where every weight is trained, for weights of other names or shapes, and during a step.
+        Raises `ValueError` for `adapter` False where every weight is trained, for weights of other names or shapes, and between the walks
+        forward and back of a step.
         """
 
     @abstractmethod
@@ -151,12 +167,17 @@ class Regularizer(ABC):
         """What speaks against it in this run, naming the keys. Called while planning; all problems are shown together."""
         return ()
 
+    def describe(self, facts: TrainingFacts) -> str:
+        """What it does in this run: one line of the plan, behind its name."""
+        return ""
+
     @abstractmethod
     def attach(self, blocks: BlockSet, context: BuildContext) -> None:
         """Called once, after adapters and memory strategy. Resolves block indices; raises `ConfigError` that names the key."""
 
     def connect(self, passes: ForwardPasses) -> None:
-        """Called once, when everything is built: for who needs forward passes beside the step's own, or the trained weights."""
+        """Called once, when everything is built, before a resume restores it: for who needs forward passes beside the step's own, or the
+        trained weights. Who implements this has its steps replayed as CUDA graphs only where all weights stay on the device."""
 
     def encoders(self) -> Sequence[LatentEncoder]:
         """Encoders whose records it wants cached with the latents (a teacher's features)."""

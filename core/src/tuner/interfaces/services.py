@@ -120,9 +120,13 @@ class CardFacts:
 
 
 class Tracker(ABC):
-    """Receives metrics. A tracker that fails is reported once and left out; it never stops training."""
+    """Receives metrics, in a thread of its own. One that fails is reported once and left out; it never stops training."""
 
     name: str
+
+    @classmethod
+    def check(cls) -> None:
+        """While planning: raises `EnvironmentProblem` where it cannot work, such as without its library."""
 
     @abstractmethod
     def start(self, settings: Mapping[str, object]) -> None:
@@ -131,6 +135,9 @@ class Tracker(ABC):
     @abstractmethod
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Host numbers."""
+
+    def sample(self, step: int, path: Path, label: str, prompt: str) -> None:
+        """A sample was made: an mp4, or a wav where it is sound alone. `label`: the same for the same prompt at every step."""
 
     def close(self) -> None:
         """Once, at the end."""

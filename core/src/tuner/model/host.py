@@ -16,6 +16,13 @@ def free_host_memory() -> int:
     return max(1, min(found)) if found else 0
 
 
+def memory_limit() -> int:
+    """Bytes that a container, a version 2 control group, may take altogether; 0: no limit."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((GROUP / "memory.max").read_text())
+    return 0
+
+
 def _free_on_machine() -> int | None:
     with contextlib.suppress(OSError):
         match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)

@@ -11,20 +11,20 @@ object) passes its gradient by.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tuner.interfaces.blocks import Aligned, BlockSet, BlockState, trainable_parameters
+from tuner.interfaces.blocks import BlockSet, BlockState, trainable_parameters
 from tuner.interfaces.family import BlockFunction
 from tuner.interfaces.losses import Tap, TapValue, Transform
 from tuner.interfaces.memory import MemorySession
+from tuner.model.states import apart, needs_after, state_tensors
+from tuner.model.tape import Node, Pass, Tape, add_up, differentiate, handed_out, rng_state, tap_value, walk_back
 
-Key = tuple[str, str, str]
-"""("hidden", stream, ""), ("aligned", stream, name) or ("shared", "", name)."""
 CallBlock = Callable[[nn.Module, BlockState], BlockState]
 
 
@@ -41,41 +41,14 @@ class Checkpointing:
         return Checkpointing(frozenset(range(blocks)) - frozenset(kept))
 
 
-@dataclass(frozen=True)
-class _Node:
-    """One step of the chain: a block, or a transform between blocks."""
+class GradientSink(Protocol):
+    """Takes gradients of parameters that are added up in float32 outside the model."""
 
-    block: int
-    """Index of the block; -1 for a transform."""
-    apply: Callable[[BlockState], BlockState]
+    def takes(self, parameter: nn.Parameter) -> bool:
+        """Whether `receive` wants those of this one; else they are added to its `grad`."""
 
-
-@dataclass
-class _Tape:
-    """What backward needs of one node."""
-
-    node: _Node
-    before: BlockState
-    needs: frozenset[Key]
-    """Keys of `before` whose gradient is wanted."""
-    taps: tuple[str, ...]
-    """Taps that read the state after this node."""
-    graph: tuple[dict[Key, Tensor], dict[Key, Tensor]] | None
-    """Leaves and outputs of a node whose activations are kept; None: recompute."""
-    rng: tuple[Tensor, Tensor | None] | None
-
-
-@dataclass
-class _Pass:
-    """One forward pass with gradients: filled by forward, consumed by backward."""
-
-    state: BlockState
-    inputs: tuple[Key, ...]
-    tapes: list[_Tape | None] = field(default_factory=list)
-    final: BlockState | None = None
-    outputs: tuple[Key, ...] = ()
-    taps: dict[str, tuple[Key, BlockState]] = field(default_factory=dict)
-    done: bool = False
+    def receive(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """`gradient`: float32, the sum over the states of one pass."""
 
 
 class BlockRunner(BlockFunction):
@@ -93,75 +66,85 @@ class BlockRunner(BlockFunction):
         session: MemorySession | None = None,
         transforms: Sequence[Transform] = (),
         taps: Sequence[Tap] = (),
+        train_block: CallBlock | None = None,
     ) -> None:
+        """`train_block`: calls a block in passes with gradients, where that is another way than `call_block`."""
         self.blocks = blocks
         self.call_block = call_block
+        self._train_block = train_block
         self.checkpointing = checkpointing or Checkpointing()
         self.session = session or MemorySession()
         self.transforms = tuple(transforms)
         self.taps = tuple(taps)
         self.tapped: dict[str, TapValue] = {}
         """Values of the last pass with gradients."""
+        self.sink: GradientSink | None = None
+        """Of gradients of several states at once."""
         self.under_way = False
         """Whether a walk forward has begun whose walk back has not ended."""
         self._parameters = [trainable_parameters(block) for block in blocks.blocks]
         self._chain = self._build_chain()
         self.draws = any(isinstance(m, nn.Dropout) and m.p > 0 for block in blocks.blocks for m in block.modules())
 
-    def _build_chain(self) -> tuple[_Node, ...]:
+    def _build_chain(self) -> tuple[Node, ...]:
         count = len(self.blocks)
         for name, index in [("transform", t.block) for t in self.transforms] + [(t.name, t.block) for t in self.taps]:
             if not 0 <= index < count:
                 raise IndexError(f"{name}: block {index} is outside 0..{count - 1}")
-        chain: list[_Node] = []
+        if len({tap.name for tap in self.taps}) < len(self.taps):
+            raise ValueError(f"two taps have one name: {', '.join(sorted(tap.name for tap in self.taps))}")
+        chain: list[Node] = []
         for index in range(count):
-            chain += [_Node(-1, t.apply) for t in self.transforms if (t.block, t.when) == (index, "before")]
-            chain.append(_Node(index, self._block_call(index)))
-            chain += [_Node(-1, t.apply) for t in self.transforms if (t.block, t.when) == (index, "after")]
+            chain += [Node(-1, t.apply) for t in self.transforms if (t.block, t.when) == (index, "before")]
+            chain.append(Node(index, self._block_call(index)))
+            chain += [Node(-1, t.apply) for t in self.transforms if (t.block, t.when) == (index, "after")]
         return tuple(chain)
 
     def _block_call(self, index: int) -> Callable[[BlockState], BlockState]:
         block = self.blocks.blocks[index]
-        return lambda state: self.call_block(block, state)
+        return lambda state: (self._train_block or self.call_block)(block, state)
 
     def run(self, state: BlockState) -> BlockState:
         """The state after the last block; `tapped` holds the taps of this pass. Gradients flow into block parameters."""
         if not torch.is_grad_enabled():
             return self.observe(state)[0]
-        self.tapped = {}
+        ((after, self.tapped),) = self.run_all([state])
+        return after
+
+    def run_all(self, states: Sequence[BlockState]) -> list[tuple[BlockState, dict[str, TapValue]]]:
+        """Training passes over several states, together: each block takes all of them while its weights are there, in both directions.
+
+        Returns what is behind the last block, and the taps, of each. One backward pass must reach all of them. Gradients are added up
+        in the order of the states, as one pass after the other would. A transform is called for one state after the other.
+        """
         if not self.checkpointing.recomputed and type(self.session) is MemorySession:
-            return self._run_graph(state)
-        tensors = _tensors(state)
-        inputs = tuple(key for key, tensor in tensors.items() if tensor.requires_grad)
-        current = _Pass(_replace(state, {key: tensor.detach() for key, tensor in tensors.items()}), inputs)
-        device = next(iter(state.streams.values())).hidden.device
+            return [self._run_graph(state) for state in states]
+        given = [state_tensors(state) for state in states]
+        passes = [Pass.of(state, tensors) for state, tensors in zip(states, given, strict=True)]
+        device = next(iter(states[0].streams.values())).hidden.device
         # Without an input that needs a gradient autograd would not call backward at all.
         anchor = torch.zeros((), device=device, requires_grad=True)
-        results = _Stack.apply(self, current, anchor, *(tensors[key] for key in inputs))  # type: ignore[no-untyped-call]
-        self._collect_taps(current, results[len(current.outputs) :])
-        return _replace(state, dict(zip(current.outputs, results, strict=False)), structure=current.final)
+        inputs = [tensors[key] for one, tensors in zip(passes, given, strict=True) for key in one.inputs]
+        results = iter(_Stack.apply(self, passes, anchor, *inputs))  # type: ignore[no-untyped-call]
+        return [(one.ended(results), one.tapped(results)) for one in passes]
 
-    def _collect_taps(self, current: _Pass, values: Sequence[Tensor]) -> None:
-        for (name, (key, after)), value in zip(current.taps.items(), values, strict=True):
-            stream = after.streams[key[1]]
-            self.tapped[name] = TapValue(value, stream.grid, stream.token_ids)
-
-    def _run_graph(self, state: BlockState) -> BlockState:
+    def _run_graph(self, state: BlockState) -> tuple[BlockState, dict[str, TapValue]]:
         """Nothing is recomputed and nobody waits for events: one graph, which autograd walks in a single call.
 
         Gradients add up as in the walk over tapes, bit for bit: those of a node's uses first, then of one node after the other.
         """
-        return _apart(state, self._run_chain)
+        found: dict[str, TapValue] = {}
 
-    def _run_chain(self, state: BlockState) -> BlockState:
-        for node in self._chain:
-            state = _apart(state, node.apply)
-            for tap in self._taps_after(node, state):
-                stream = state.streams[tap.stream]
-                self.tapped[tap.name] = TapValue(stream.hidden, stream.grid, stream.token_ids)
-        return state
+        def chain(state: BlockState) -> BlockState:
+            for node in self._chain:
+                state = apart(state, node.apply)
+                state, values = handed_out(state, self._taps_after(node, state))
+                found.update(values)
+            return state
 
-    def _taps_after(self, node: _Node, state: BlockState) -> list[Tap]:
+        return apart(state, chain), found
+
+    def _taps_after(self, node: Node, state: BlockState) -> list[Tap]:
         """A batch without a stream gives its taps nothing."""
         return [tap for tap in self.taps if tap.block == node.block and tap.stream in state.streams]
 
@@ -175,10 +158,8 @@ class BlockRunner(BlockFunction):
                 self.session.before_forward(index)
                 state = self.call_block(self.blocks.blocks[index], state)
                 self.session.after_forward(index)
-                for tap in taps:
-                    if tap.block == index and tap.stream in state.streams:
-                        stream = state.streams[tap.stream]
-                        found[tap.name] = TapValue(stream.hidden, stream.grid, stream.token_ids)
+                here = [tap for tap in taps if tap.block == index and tap.stream in state.streams]
+                found.update((tap.name, tap_value(state.streams[tap.stream])) for tap in here)
             self.session.end_step()
         except BaseException:
             self.abort()
@@ -191,106 +172,92 @@ class BlockRunner(BlockFunction):
         self.session.abort()
 
     # --- forward with gradients ------------------------------------------------------------------------------------
-    def forward(self, current: _Pass) -> tuple[Tensor, ...]:
-        """Runs the chain and fills `current`; returns the changed tensors of the final state, then the taps."""
+    def forward(self, passes: Sequence[Pass]) -> tuple[Tensor, ...]:
+        """Runs the chain and fills `passes`; returns of each the changed tensors of its final state, then the taps."""
         self.under_way = True
-        self.session.begin_step(self._first_backward(current))
-        state, needs = current.state, frozenset(current.inputs)
+        self.session.begin_step(min(self._first_backward(one) for one in passes))
         for node in self._chain:
-            state, needs, tape = self._advance(node, state, needs)
-            for tap in self._taps_after(node, state):
-                current.taps[tap.name] = (("hidden", tap.stream, ""), state)
-            current.tapes.append(tape)
-        current.final = state
-        first, last = _tensors(current.state), _tensors(state)
-        current.outputs = tuple(key for key, tensor in last.items() if first.get(key) is not tensor)
-        # Distinct tensor objects: autograd hands each output its own gradient.
-        values = [last[key].detach() for key in current.outputs]
-        values += [_tensors(after)[key].detach() for key, after in current.taps.values()]
-        return tuple(values)
+            if node.block >= 0:
+                self.session.before_forward(node.block)
+            for one in passes:
+                self._advance(node, one)
+            if node.block >= 0:
+                self.session.after_forward(node.block)
+        return tuple(value for one in passes for value in one.values())
 
-    def _first_backward(self, current: _Pass) -> int:
+    def _first_backward(self, one: Pass) -> int:
         """The lowest block that backward will visit: below it nothing is trained, and no gradient of the input is wanted."""
-        if current.inputs:
+        if one.inputs:
             return 0
         return next((index for index, parameters in enumerate(self._parameters) if parameters), len(self.blocks))
 
-    def _advance(self, node: _Node, state: BlockState, needs: frozenset[Key]) -> tuple[BlockState, frozenset[Key], _Tape | None]:
+    def _advance(self, node: Node, one: Pass) -> None:
+        """Takes a pass on over one node, and leaves a tape."""
+        state, needs = one.state, one.needs
         parameters = self._parameters[node.block] if node.block >= 0 else []
         taps = tuple(tap.name for tap in self._taps_after(node, state))
-        if node.block >= 0:
-            self.session.before_forward(node.block)
+        tape: Tape | None
         if not needs and not parameters:
             # Nothing before this point is trained: backward will not come here, so nothing is kept.
-            after, tape, needed = node.apply(state), None, needs
+            after, tape = node.apply(state), None
         elif node.block in self.checkpointing.recomputed:
-            rng = _rng_state(state) if self.draws else None
+            rng = rng_state(state) if self.draws else None
             after = node.apply(state)
-            tape = _Tape(node, state, needs, taps, None, rng)
-            needed = _needs_after(needs, _tensors(state), _tensors(after), None)
+            tape = Tape(node, state, needs, taps, None, rng)
+            one.needs = needs_after(needs, state_tensors(state), state_tensors(after), None)
         else:
-            leaves, outputs, after = _differentiate(node, state, needs)
-            tape = _Tape(node, state, needs, taps, (leaves, outputs), None)
-            needed = _needs_after(needs, _tensors(state), _tensors(after), {k for k, t in outputs.items() if t.requires_grad})
-        if node.block >= 0:
-            self.session.after_forward(node.block)
-        return after, needed, tape
+            leaves, outputs, after = differentiate(node, state, needs)
+            tape = Tape(node, state, needs, taps, (leaves, outputs), None)
+            reached = {key for key, tensor in outputs.items() if tensor.requires_grad}
+            one.needs = needs_after(needs, state_tensors(state), state_tensors(after), reached)
+        one.taps.update((tap.name, (("hidden", tap.stream, ""), after)) for tap in self._taps_after(node, after))
+        one.tapes.append(tape)
+        one.state = after
 
     # --- backward --------------------------------------------------------------------------------------------------
-    def backward(self, current: _Pass, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Walks back over the tapes; returns the gradients of `current.inputs`."""
-        if current.done:
+    def backward(self, passes: Sequence[Pass], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Walks back over the tapes; returns the gradients of the passes' inputs."""
+        if any(one.done for one in passes):
             raise RuntimeError("backward was called twice over one pass of the blocks")
-        current.done = True
-        flowing = {key: g for key, g in zip(current.outputs, gradients, strict=False) if g is not None}
-        tapped = dict(zip(current.taps, gradients[len(current.outputs) :], strict=True))
-        while current.tapes:
-            tape = current.tapes.pop()
-            if tape is None:
+        arriving = iter(gradients)
+        for one in passes:
+            one.turn(arriving)
+        for node in reversed(self._chain):
+            tapes = [(one, tape) for one in passes if (tape := one.tapes.pop()) is not None]
+            if not tapes:
                 break
-            for name in tape.taps:
-                _add(flowing, current.taps[name][0], tapped[name])
-            flowing = self._retreat(tape, flowing)
-        current.tapes.clear()
-        return [flowing.get(key) for key in current.inputs]
+            if node.block >= 0:
+                self.session.before_backward(node.block)
+            self._retreat(node, tapes)
+            if node.block >= 0:
+                self.session.after_backward(node.block)
+        return [one.flowing.get(key) for one in passes for key in one.inputs]
 
-    def _retreat(self, tape: _Tape, flowing: dict[Key, Tensor]) -> dict[Key, Tensor]:
-        """Gradients after a node -> gradients before it; accumulates those of the block's parameters."""
-        index = tape.node.block
-        parameters = self._parameters[index] if index >= 0 else []
-        if index >= 0:
-            self.session.before_backward(index)
-        if tape.graph is None:
-            with _restored_rng(tape.rng):
-                leaves, outputs, _ = _differentiate(tape.node, tape.before, tape.needs)
-        else:
-            leaves, outputs = tape.graph
-            tape.graph = None
-        reached = [key for key, tensor in outputs.items() if key in flowing and tensor.requires_grad]
-        passed = {key: g for key, g in flowing.items() if key not in outputs}
-        if reached:
-            wanted = [*leaves.values(), *parameters]
-            found = torch.autograd.grad(
-                [outputs[key] for key in reached], wanted, [flowing[key] for key in reached], allow_unused=True
-            )
-            for key, gradient in zip(leaves, found, strict=False):
-                _add(passed, key, gradient)
-            for parameter, gradient in zip(parameters, found[len(leaves) :], strict=True):
-                _accumulate(parameter, gradient)
-        if index >= 0:
-            self.session.after_backward(index)
-        return passed
+    def _retreat(self, node: Node, tapes: Sequence[tuple[Pass, Tape]]) -> None:
+        """Gradients after a node -> gradients before it, of each pass; accumulates those of the block's parameters."""
+        parameters = self._parameters[node.block] if node.block >= 0 else []
+        sums: list[Tensor | None] = [None] * len(parameters)
+        wide = [len(tapes) > 1 and self.sink is not None and self.sink.takes(parameter) for parameter in parameters]
+        for one, tape in tapes:
+            one.add_taps(tape.taps)
+            for place, gradient in enumerate(walk_back(one, tape, parameters)):
+                sums[place] = add_up(sums[place], gradient, wide=wide[place])
+        for parameter, total, floats in zip(parameters, sums, wide, strict=True):
+            if total is not None and floats and self.sink is not None:
+                self.sink.receive(parameter, total)
+            else:
+                _accumulate(parameter, total)
 
 
 class _Stack(torch.autograd.Function):
     """The whole stack of blocks as one node of the autograd graph."""
 
     @staticmethod
-    def forward(ctx: Any, runner: BlockRunner, current: _Pass, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.runner, ctx.current = runner, current
+    def forward(ctx: Any, runner: BlockRunner, passes: Sequence[Pass], anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.runner, ctx.passes = runner, passes
         ctx.set_materialize_grads(False)
         try:
-            return runner.forward(current)
+            return runner.forward(passes)
         except BaseException:
             runner.abort()
             raise
@@ -299,83 +266,13 @@ class _Stack(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         runner: BlockRunner = ctx.runner
         try:
-            found = runner.backward(ctx.current, gradients)
+            found = runner.backward(ctx.passes, gradients)
             runner.session.end_step()
             runner.under_way = False
         except BaseException:
             runner.abort()
             raise
         return (None, None, None, *found)
-
-
-def _tensors(state: BlockState) -> dict[Key, Tensor]:
-    """Every tensor of a state that may carry gradients, by key."""
-    found: dict[Key, Tensor] = {}
-    for name, stream in state.streams.items():
-        found["hidden", name, ""] = stream.hidden
-        for label, aligned in stream.aligned.items():
-            found["aligned", name, label] = aligned.tensor
-    for label, tensor in state.shared.items():
-        found["shared", "", label] = tensor
-    return found
-
-
-def _replace(state: BlockState, tensors: Mapping[Key, Tensor], structure: BlockState | None = None) -> BlockState:
-    """`structure` (default: `state`) with tensors taken from `tensors`, else from `state`, else from itself."""
-    shape = structure or state
-    own = _tensors(state)
-
-    def pick(key: Key, default: Tensor) -> Tensor:
-        return tensors[key] if key in tensors else own.get(key, default)
-
-    streams = {}
-    for name, stream in shape.streams.items():
-        aligned = {
-            label: Aligned(pick(("aligned", name, label), a.tensor), a.token_dims, a.batched) for label, a in stream.aligned.items()
-        }
-        streams[name] = replace(stream, hidden=pick(("hidden", name, ""), stream.hidden), aligned=aligned)
-    return BlockState(streams, {label: pick(("shared", "", label), t) for label, t in shape.shared.items()})
-
-
-def _differentiate(node: _Node, state: BlockState, needs: frozenset[Key]) -> tuple[dict[Key, Tensor], dict[Key, Tensor], BlockState]:
-    """Runs a node with gradients from fresh leaves: (leaves, changed outputs with their graph, detached state after)."""
-    before = _tensors(state)
-    leaves = {key: before[key].detach().requires_grad_() for key in needs}
-    inside = _replace(state, leaves)
-    given = _tensors(inside)
-    with torch.enable_grad():
-        after = node.apply(inside)
-    last = _tensors(after)
-    outputs = {key: tensor for key, tensor in last.items() if given.get(key) is not tensor}
-    # Unchanged tensors are handed on as the very objects that came in, so that "unchanged" stays visible further on.
-    plain = {key: outputs[key].detach() if key in outputs else before[key] for key in last}
-    return leaves, outputs, _replace(after, plain)
-
-
-def _apart(state: BlockState, apply: Callable[[BlockState], BlockState]) -> BlockState:
-    """Runs `apply` on views of its own: autograd sums up all uses of a view before it goes on to what is behind it.
-
-    What is left unchanged is handed on as it came in.
-    """
-    before = _tensors(state)
-    inside = {key: tensor.view_as(tensor) for key, tensor in before.items() if tensor.requires_grad}
-    after = apply(_replace(state, inside))
-    kept = {key: before[key] for key, tensor in _tensors(after).items() if key in inside and inside[key] is tensor}
-    return _replace(after, kept) if kept else after
-
-
-def _needs_after(
-    needs: frozenset[Key], before: Mapping[Key, Tensor], after: Mapping[Key, Tensor], reached: set[Key] | None
-) -> frozenset[Key]:
-    """Keys that need a gradient after a node: untouched ones that did, and changed ones (those in `reached`, None: all)."""
-    kept = {key for key in needs if key in after and after[key] is before[key]}
-    changed = {key for key, t in after.items() if before.get(key) is not t and t.is_floating_point()}
-    return frozenset(kept | (changed if reached is None else changed & reached))
-
-
-def _add(gradients: dict[Key, Tensor], key: Key, gradient: Tensor | None) -> None:
-    if gradient is not None:
-        gradients[key] = gradients[key] + gradient if key in gradients else gradient
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor | None) -> None:
@@ -385,31 +282,3 @@ def _accumulate(parameter: nn.Parameter, gradient: Tensor | None) -> None:
         parameter.grad = gradient
     else:
         parameter.grad.add_(gradient)
-
-
-def _rng_state(state: BlockState) -> tuple[Tensor, Tensor | None]:
-    device = next(iter(state.streams.values())).hidden.device
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-class _restored_rng:
-    """Draws inside repeat those of the forward pass (dropout); the generators are left as they were found."""
-
-    def __init__(self, states: tuple[Tensor, Tensor | None] | None) -> None:
-        self.states = states
-
-    def __enter__(self) -> None:
-        if self.states is None:
-            return
-        cpu, device = self.states
-        self.outer = (torch.get_rng_state(), torch.cuda.get_rng_state() if device is not None else None)
-        torch.set_rng_state(cpu)
-        if device is not None:
-            torch.cuda.set_rng_state(device)
-
-    def __exit__(self, *_: object) -> None:
-        if self.states is None:
-            return
-        torch.set_rng_state(self.outer[0])
-        if self.outer[1] is not None:
-            torch.cuda.set_rng_state(self.outer[1])

@@ -1,6 +1,7 @@
 """Loads plugins one by one: whatever is wrong with one becomes a line about it and leaves the others untouched.
 
-`TUNER_PLUGINS=a,b` loads only these, `TUNER_DISABLE_PLUGINS=a,b` none of these; the built-ins are always there.
+`TUNER_PLUGINS=a,b` loads only these, `TUNER_DISABLE_PLUGINS=a,b` none of these; the built-ins are always there. The tiny family for
+tests of plugins is loaded only where `TUNER_PLUGINS` names it (`testing`).
 Nothing here imports torch; a plugin that does so at registration gets a note.
 """
 
@@ -10,7 +11,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Literal
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 GROUP = "tuner"
 ONLY, DISABLED = "TUNER_PLUGINS", "TUNER_DISABLE_PLUGINS"
+ON_REQUEST: Mapping[str, str] = {"testing": "tuner.testing.plugin"}
+"""Plugins of the core that are loaded only where `TUNER_PLUGINS` names them: name -> module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Candidate:
 def load_plugins(environ: Mapping[str, str] = os.environ, extra: Sequence[tuple[str, object]] = ()) -> Registry:
     """Loads the built-ins, then every installed plugin and `extra` (name, module or object) in the order of their names."""
     only, disabled = _names(environ, ONLY), _names(environ, DISABLED)
-    candidates = _candidates(extra)
+    candidates = _candidates(extra, only or set())
     claims = Claims()
     plugins = [_load(_builtins(), claims)]
     for candidate in candidates:
@@ -71,8 +74,9 @@ def _names(environ: Mapping[str, str], variable: str) -> set[str] | None:
     return {name.strip() for name in environ.get(variable, "").split(",") if name.strip()} or None
 
 
-def _candidates(extra: Sequence[tuple[str, object]]) -> list[Candidate]:
+def _candidates(extra: Sequence[tuple[str, object]], only: Collection[str]) -> list[Candidate]:
     installed = [_from_entry_point(entry_point) for entry_point in entry_points(group=GROUP)]
+    installed += [_of_core(name, module) for name, module in ON_REQUEST.items() if name in only]
     given = [Candidate(name, "", "", lambda plugin=plugin: plugin) for name, plugin in extra]  # type: ignore[misc]
     return sorted([*installed, *given], key=lambda candidate: (candidate.name, candidate.distribution))
 
@@ -86,8 +90,11 @@ def _from_entry_point(entry_point: EntryPoint) -> Candidate:
 
 def _builtins() -> Candidate:
     """Registered like any other plugin, from a module path that is known."""
-    entry_point = EntryPoint(BUILTINS, "tuner.builtins.plugin", GROUP)
-    return Candidate(BUILTINS, "tuner-framework", version("tuner-framework"), entry_point.load)
+    return _of_core(BUILTINS, "tuner.builtins.plugin")
+
+
+def _of_core(name: str, module: str) -> Candidate:
+    return Candidate(name, "tuner-framework", version("tuner-framework"), EntryPoint(name, module, GROUP).load)
 
 
 def _unknown(name: str) -> Candidate:

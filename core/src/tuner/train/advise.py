@@ -16,16 +16,17 @@ import torch
 
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.component import Component
-from tuner.config.settings import AdapterSettings, ModelSettings, TrainSettings
+from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, TrainSettings
 from tuner.errors import ConfigError, EnvironmentProblem, OutOfMemoryError, PluginError, TunerError
 from tuner.interfaces.family import ClipShape, ModelFacts
+from tuner.interfaces.losses import LossTerm
 from tuner.interfaces.memory import MemoryPlan, MemoryStrategy, Quantizer
 from tuner.plugins.record import Kind
 from tuner.train import costs
 from tuner.train.costs import Job, Precision
 from tuner.train.footprint import Footprint, Trained, measure
 from tuner.train.machine import GIB, RESERVE, SPARE, Machine, find_machine
-from tuner.train.step import train_step
+from tuner.train.step import train_together
 
 if TYPE_CHECKING:
     from tuner.train.plan import ModelPlan, Plan
@@ -38,7 +39,7 @@ MEASURED: dict[tuple[str, bool], Footprint] = {}
 """What was measured in this process: advice for a full device asks for what the forecast asked for, and a measurement takes seconds."""
 CHANGING: tuple[Kind, ...] = ("regularizer", "loss_term")
 """Components with which a step is not the same every time."""
-STAGES = {train_step.__code__: "forward", torch.autograd.backward.__code__: "backward"}
+STAGES = {train_together.__code__: "forward", torch.autograd.backward.__code__: "backward"}
 """Code that an error came from -> what was going on."""
 PLAIN_REMEDY = "lower train_batch_size or resolution, or switch gradient_checkpointing on"
 LESS = 0.95
@@ -57,7 +58,7 @@ class Row:
     """What the strategy says of itself; "resident" without one."""
     precision: str
     checkpointing: str
-    """"none", "some" or "all"."""
+    """"none", "some" or "all" blocks are recomputed."""
     keys: Mapping[str, object]
     """All keys that make this row, with their values."""
     peak: int
@@ -73,6 +74,8 @@ class Row:
     """Why it cannot be used at all."""
     where: str = ""
     """The keys concerned."""
+    kept: int = 0
+    """Blocks that keep their activations."""
 
     def needs(self) -> int:
         """Bytes of a device's memory that this takes, with what torch does not count."""
@@ -119,20 +122,33 @@ def rows(job: Job, machine: Machine) -> Iterator[Row]:
 def row(
     job: Job, machine: Machine, strategy: MemoryStrategy | None, keys: Mapping[str, object], precision: Precision, checkpointing: str
 ) -> Row:
-    """One combination."""
+    """One combination. With "auto" as many blocks keep their activations as fit on the machine."""
+    if checkpointing != "auto":
+        return _row(job, machine, strategy, keys, precision, costs.kept_blocks(job, checkpointing))
+    tried = (_row(job, machine, strategy, keys, precision, kept) for kept in range(job.facts.blocks, -1, -1))
+    found = next(each for each in tried if each.fits(machine) or not each.kept)
+    return replace(found, keys={**found.keys, "gradient_checkpointing": "auto"})
+
+
+def _row(
+    job: Job, machine: Machine, strategy: MemoryStrategy | None, keys: Mapping[str, object], precision: Precision, kept: int
+) -> Row:
+    """`kept`: of how many blocks the activations are kept."""
+    checkpointing = costs.recomputed(job, kept)
     facts = costs.memory_facts(job, precision, checkpointing)
     problems = list(strategy.supports(facts)) if strategy else []
     plan = strategy.plan(facts) if strategy else MemoryPlan(sum(facts.block_bytes), 0, 0, 0, 0.0, "resident")
     if strategy and not plan.device_bytes and not plan.host_bytes:
         problems = [*problems, ConfigError("it does not say what it will take", where=strategy.name)]
-    step = costs.footprint(job, checkpointing)
+    joint = strategy is not None and bool(job.joint)
+    step = costs.footprint(job, kept, joint=joint)
     parts = costs.peak_parts(job, step, plan, precision)
     chosen = {**keys, "base_model_precision": precision.name, **checkpointing_keys(job.model, checkpointing)}
     return Row(
         residency=strategy.name if strategy else "resident", precision=precision.name, checkpointing=checkpointing, keys=chosen,
         peak=sum(parts.values()), parts=parts, pinned=plan.pinned_bytes, host=plan.host_bytes,
-        seconds=costs.seconds(job, step, plan, precision, machine), error=precision.error,
-        problem=problems[0].message if problems else "", where=problems[0].where if problems else "",
+        seconds=costs.seconds(job, step, plan, precision, machine, joint=joint), error=precision.error,
+        problem=problems[0].message if problems else "", where=problems[0].where if problems else "", kept=kept,
     )  # fmt: skip
 
 
@@ -233,19 +249,38 @@ def job_for(
     full = settings.get(ModelSettings).model_type == "full"
     asked = Trained(tuple(streams), shape, train.train_batch_size, None if full else adapters)
     terms = [FlowMatchingLoss(name, family.stream_weights().get(name, 1.0)) for name in family.learned_streams(streams)]
-    chosen = settings.get(model.registry.component("family", model.family_name).options)
+    footprints = _measured(model, facts, asked, terms, ways)
+    joint = replace(asked, together=_together(model, next(iter(footprints.values()))))
+    together = _measured(model, facts, joint, terms, ways) if joint.together > 1 else {}
+    return Job(model, facts, footprints, costs.optimizer_cost(model), replays(model), world, host, together)
+
+
+def _measured(
+    model: ModelPlan, facts: ModelFacts, asked: Trained, terms: Sequence[LossTerm], ways: Sequence[bool]
+) -> dict[bool, Footprint]:
+    """Measures once what has not been measured in this process."""
+    chosen = model.settings.get(model.registry.component("family", model.family_name).options)
     key = repr((model.source.fingerprint("transformer"), chosen, facts.blocks, asked, str(model.context.dtype)))
     if missing := [way for way in ways if (key, way) not in MEASURED]:
-        found = measure(family, model.source, facts, asked, terms, model.context.dtype, missing)
+        found = measure(model.family, model.source, facts, asked, terms, model.context.dtype, missing)
         MEASURED.update({(key, way): footprint for way, footprint in found.items()})
-    footprints = {way: MEASURED[key, way] for way in ways}
-    return Job(model, facts, footprints, costs.optimizer_cost(model), replays(model), world, host)
+    return {way: MEASURED[key, way] for way in ways}
+
+
+def _together(model: ModelPlan, found: Footprint) -> int:
+    """How many batches of a step go through streamed blocks together, as `tuner.train.assemble` will decide."""
+    settings = model.settings.get(OptimizerSettings)
+    order, steps = settings.gradient_accumulation_order, settings.gradient_accumulation_steps
+    if order == "batch" or any(model.settings.get(c.options).enabled() for c in model.registry.components("regularizer")):
+        return 1
+    return steps if order == "layer" or not found.trained[1] else 1
 
 
 def replays(model: ModelPlan) -> bool:
     """Whether a GPU will replay steps as graphs, as far as the configuration tells: nothing may draw or change inside a step."""
-    switched = [model.settings.get(c.options).enabled() for kind in CHANGING for c in model.registry.components(kind)]
-    draws = any(switched) or model.settings.get(AdapterSettings).lora_dropout > 0
+    switched = [c for kind in CHANGING for c in model.registry.components(kind) if model.settings.get(c.options).enabled()]
+    draws = any(not getattr(component.load(), "capturable", False) for component in switched)
+    draws = draws or model.settings.get(AdapterSettings).lora_dropout > 0
     return model.settings.get(ModelSettings).cuda_graphs != "off" and not draws
 
 
@@ -260,12 +295,13 @@ def largest(shapes: Iterable[ClipShape]) -> ClipShape:
     return max(shapes, key=lambda shape: (shape.width * shape.height * shape.frames, shape.seconds))
 
 
-def predict(plan: Plan, machine: Machine) -> Row:
+def predict(plan: Plan, machine: Machine) -> Predicted:
     """The row of the configuration as it is."""
-    now = costs.current_checkpointing(plan)
+    now, strategy = costs.current_checkpointing(plan), current_strategy(plan)
     job = job_of(plan, {"all": (True,), "none": (False,)}.get(now, (True, False)))
-    found = row(job, machine, current_strategy(plan), {}, current_precision(plan), now)
-    return replace(found, current=True)
+    found = row(job, machine, strategy, {}, current_precision(plan), now)
+    one = costs.activations(job, joint=strategy is not None and bool(job.joint)) if now == "auto" else 0
+    return Predicted(replace(found, current=True), machine, one)
 
 
 @dataclass(frozen=True)
@@ -274,10 +310,13 @@ class Predicted:
 
     row: Row
     machine: Machine
+    block: int = 0
+    """Bytes that a block takes whose activations are kept; where it was asked how many can."""
 
     def describe(self) -> str:
         """One line for the plan."""
         parts = ", ".join(f"{name} {gib(size)}" for name, size in self.row.parts.items() if size)
+        parts += f"; activations of {self.row.kept} blocks are kept" if self.block else ""
         return f"predicted {gib(self.row.needs())} of {gib(self.machine.memory)} on the device ({parts}), {self.row.seconds:.2g} s a step"
 
     @property
@@ -295,7 +334,7 @@ def forecast(plan: Plan, machine: Machine | None = None) -> Predicted | None:
         return None
     try:
         machine = machine or find_machine(plan.context.device)
-        return Predicted(predict(plan, machine), machine)
+        return predict(plan, machine)
     except UNTOLD as error:
         log.debug("no forecast: %s", error)
         return None

@@ -6,23 +6,27 @@ blocks as they will run; the optimizer last, because only then every trainable p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.config.rollout_settings import RolloutSettings
-from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, TrainSettings
+from tuner.config.settings import AdapterSettings, DataSettings, ModelSettings, OptimizerSettings, TrainSettings
 from tuner.data.randomness import derived_seed
 from tuner.errors import ConfigError
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.losses import LossTerm, Regularizer
 from tuner.interfaces.memory import MemorySession
 from tuner.model.adapters import add_adapters, resolve_targets
-from tuner.model.runner import BlockRunner, Checkpointing
+from tuner.model.compiled import CompiledBlocks
+from tuner.model.runner import BlockRunner
 from tuner.train import reflexflow
+from tuner.train.activations import budgeted, policy
 from tuner.train.execute import Execution, GraphExecution, PlainExecution, reasons_against_graphs
 from tuner.train.masters import MasterWeights
 from tuner.train.noise import NoiseSampler
@@ -48,6 +52,8 @@ class Assembly:
     device: torch.device
     noise_transforms: tuple[NoiseTransform, ...] = ()
     """What changes a batch's draws before the forward pass."""
+    together: int = 1
+    """How many batches of an optimizer step go through the blocks together."""
 
     def detach(self) -> None:
         """In reverse order of `assemble`."""
@@ -68,10 +74,11 @@ def assemble(plan: Plan, device: torch.device) -> Assembly:
     runner = BlockRunner(
         blocks,
         family.call_block,
-        checkpointing=checkpointing(plan.settings.get(ModelSettings), len(blocks)),
+        checkpointing=policy(plan, len(blocks)),
         session=session,
         transforms=[t for r in regularizers for t in r.transforms()],
         taps=[t for r in regularizers for t in r.taps()],
+        train_block=compiled(plan),
     )
     terms = [*stream_losses(plan), *plan.loss_terms, *(t for r in regularizers for t in r.loss_terms())]
     own = dict(trained)
@@ -79,9 +86,21 @@ def assemble(plan: Plan, device: torch.device) -> Assembly:
         if (module := regularizer.trainable()) is not None:
             trained += _named(module.to(device), regularizer.name)
     assembly = _with_optimizer(plan, TrainingModel(family, model, runner, terms, regularizers), trained, regularizers, session, device)
+    assembly.together = together(plan, runner, own)
+    runner.sink = assembly.masters
     for regularizer in regularizers:
         regularizer.connect(ExtraPasses(assembly.training, assembly.masters, own))
     return assembly
+
+
+def compiled(plan: Plan) -> CompiledBlocks | None:
+    """What `dynamo_mode` asks for; None: nothing."""
+    mode = plan.settings.get(ModelSettings).dynamo_mode
+    if mode in ("", "no", "off"):
+        return None
+    # Graphs that are compiled once are found again by the next run.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(plan.settings.get(DataSettings).cache_dir).resolve() / "compiled"))
+    return CompiledBlocks(plan.family.call_block, mode)
 
 
 def _with_optimizer(
@@ -100,7 +119,7 @@ def _with_optimizer(
     schedule = make_schedule(optimizer, settings, plan.total_steps)
     train = plan.settings.get(TrainSettings)
     noise = NoiseSampler(train, plan.family.token_shift, train.seed)
-    execution = _execution(plan, training, masters, regularizers, device)
+    execution = budgeted(plan, _execution(plan, training, masters, regularizers, device), training.blocks, device)
     rollout = plan.settings.get(RolloutSettings)
     transforms = (Rollout(rollout, training, plan.family.token_shift, train.seed),) if rollout.enabled() else ()
     return Assembly(training, execution, masters, optimizer, schedule, noise, regularizers, session, device, transforms)
@@ -119,6 +138,25 @@ def _execution(
     if against and wanted == "on":
         raise ConfigError(f"no CUDA graph of the step is possible: {'; '.join(against)}", where="cuda_graphs", remedy="set it to auto")
     return PlainExecution(training, masters) if against else GraphExecution(training, masters, required=wanted == "on")
+
+
+def together(plan: Plan, runner: BlockRunner, trained: Mapping[str, nn.Parameter]) -> int:
+    """How many batches of an optimizer step each block takes while its weights are there.
+
+    Chosen where weights come and go, so that they come once for all batches, and the numbers stay the same to the last bit: gradients of
+    a block are added up in the order of the batches either way, those of weights outside the blocks are not. Regularizers prepare one
+    batch at a time. Raises `ConfigError` where it is asked for and impossible.
+    """
+    settings = plan.settings.get(OptimizerSettings)
+    if settings.gradient_accumulation_order == "batch" or settings.gradient_accumulation_steps == 1:
+        return 1
+    if plan.regularizers:
+        return 1
+    if settings.gradient_accumulation_order == "auto":
+        inside = {id(parameter) for block in runner.blocks.blocks for parameter in block.parameters()}
+        if type(runner.session) is MemorySession or any(id(parameter) not in inside for parameter in trained.values()):
+            return 1
+    return settings.gradient_accumulation_steps
 
 
 def add_trainable(plan: Plan, model: nn.Module, device: torch.device) -> list[tuple[str, nn.Parameter]]:
@@ -142,11 +180,6 @@ def _named(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Parameter]
     return [(lead + name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
-def checkpointing(settings: ModelSettings, blocks: int) -> Checkpointing:
-    """The policy that `gradient_checkpointing` and its interval ask for."""
-    return Checkpointing.every(blocks, settings.gradient_checkpointing_interval) if settings.gradient_checkpointing else Checkpointing()
-
-
 def stream_losses(plan: Plan) -> Sequence[LossTerm]:
     """The flow-matching loss of each stream that is learned."""
     weights = plan.family.stream_weights()
@@ -157,7 +190,8 @@ def stream_losses(plan: Plan) -> Sequence[LossTerm]:
 
 
 def _attach_regularizers(plan: Plan, blocks: BlockSet) -> tuple[Regularizer, ...]:
+    context = replace(plan.context, total_steps=plan.total_steps)
     for regularizer in plan.regularizers:
         torch.manual_seed(derived_seed(plan.context.seed, f"attach/{regularizer.name}"))
-        regularizer.attach(blocks, plan.context)
+        regularizer.attach(blocks, context)
     return plan.regularizers

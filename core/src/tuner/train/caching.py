@@ -28,6 +28,19 @@ AHEAD = 2**30
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What is encoded beside the items that are trained on: for validation."""
+
+    items: tuple[Item, ...] = ()
+    texts: tuple[str, ...] = ()
+    encoders: frozenset[str] = frozenset()
+    """Names of the encoders that `items` are for."""
+
+
+NOTHING_BESIDE = Beside()
+
+
+@dataclass(frozen=True)
 class CacheSummary:
     """What became of the items: found = cached + encoded + failed."""
 
@@ -79,8 +92,8 @@ class _Tally:
         self.captions_encoded: set[str] = set()
         self.notices: list[str] = []
 
-    def summary(self, manifest: Manifest) -> CacheSummary:
-        found, encoded = len(manifest.items), len(self.encoded - self.failures.keys())
+    def summary(self, manifest: Manifest, beside: int) -> CacheSummary:
+        found, encoded = len(manifest.items) + beside, len(self.encoded - self.failures.keys())
         return CacheSummary(
             manifest.without(self.failures), found, found - encoded - len(self.failures), encoded, dict(self.failures),
             len(self.captions) - len(self.captions_encoded), len(self.captions_encoded), tuple(self.notices),
@@ -96,6 +109,7 @@ def fill_cache(
     with_empty_caption: bool = False,
     report: Report | None = None,
     workers: DecodeWorkers | None = None,
+    beside: Beside = NOTHING_BESIDE,
 ) -> CacheSummary:
     """Makes every record that is missing, encoder by encoder in the given order.
 
@@ -109,17 +123,19 @@ def fill_cache(
         for encoder in encoders:
             with EncoderAtWork(encoder, device, batch_size, tally.notices) as work:
                 filling = _Filling(encoder, places, work, report, tally, own)
-                items = [item for item in manifest.items if item not in tally.failures]
+                also = beside.items if encoder.name in beside.encoders else ()
+                items = [item for item in (*manifest.items, *also) if item not in tally.failures]
+                texts = (*beside.texts, *([""] if with_empty_caption else []))
                 while True:
                     try:
-                        filling.captions(items, with_empty_caption) if encoder.reads == "text" else filling.clips(items)
+                        filling.captions(items, texts) if encoder.reads == "text" else filling.clips(items)
                         break
                     except SettingsChanged:  # what was made so far has other names from now on
                         places.refresh(encoder)
     finally:
         if workers is None:
             own.close()
-    summary = tally.summary(manifest)
+    summary = tally.summary(manifest, len(beside.items))
     if not summary.manifest.items:
         raise DataError("no clip could be encoded: " + summary.manifest.table(), where="datasets")
     return summary
@@ -136,9 +152,9 @@ class _Filling:
     tally: _Tally
     workers: DecodeWorkers
 
-    def captions(self, items: Sequence[Item], with_empty: bool) -> None:
-        """Of all items' captions."""
-        texts = dict.fromkeys([item.caption for item in items] + [""] * with_empty)
+    def captions(self, items: Sequence[Item], further: Sequence[str]) -> None:
+        """Of all items' captions, and of `further` texts, without which the run cannot go on."""
+        texts = dict.fromkeys([*(item.caption for item in items), *further])
         missing = {text: place for text in texts if not (place := self.places.caption(text, self.encoder.name)).filled()}
         self.tally.captions.update(texts)
         self.tally.captions_encoded.update(missing)
@@ -151,8 +167,9 @@ class _Filling:
                 self.tally.failures[item] = failed[item.caption]
             elif item.caption in missing:
                 self.tally.encoded.add(item)
-        if "" in failed:
-            raise failed[""]
+        for text in further:
+            if text in failed:
+                raise failed[text]
 
     def clips(self, items: Sequence[Item]) -> None:
         """Of all items' pictures, sounds or companions."""

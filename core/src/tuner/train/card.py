@@ -17,13 +17,8 @@ from huggingface_hub import ModelCardData, constants
 
 from tuner.config.entries import AudioEntry, CaptionedEntry, ImageEntry, VideoEntry
 from tuner.config.masking import masked
-from tuner.config.settings import (
-    AdapterSettings,
-    ModelSettings,
-    OptimizerSettings,
-    TrainSettings,
-    ValidationSettings,
-)
+from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, TrainSettings
+from tuner.config.validation_settings import ValidationSettings
 from tuner.interfaces.services import CardFacts
 from tuner.train.licence import UNKNOWN_LICENCE, Licence, base_licence
 from tuner.train.outbox import SAMPLES, Outbox, fill, last_samples

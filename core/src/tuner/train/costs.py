@@ -8,7 +8,7 @@ traffic, launches and copies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,13 +64,15 @@ class Job:
     model: ModelPlan
     facts: ModelFacts
     footprints: Mapping[bool, Footprint]
-    """Whether all blocks are recomputed -> what a step takes."""
+    """Whether all blocks are recomputed -> what a batch takes."""
     optimizer: OptimizerCost
     graphs: bool = False
     """Whether steps are replayed as CUDA graphs."""
     world: int = 1
     host: int = 0
     """Bytes of host memory to plan for; 0: what is free."""
+    joint: Mapping[bool, Footprint] = field(default_factory=dict)
+    """What all batches of a step take together where weights are streamed; empty: they are not taken together."""
 
 
 def plain() -> Precision:
@@ -111,24 +113,43 @@ def memory_facts(job: Job, precision: Precision, checkpointing: str) -> MemoryFa
 
 # --- checkpointing -----------------------------------------------------------------------------------------------
 def current_checkpointing(model: ModelPlan) -> str:
-    """Which blocks are recomputed now."""
+    """Which blocks are recomputed now: "none", "some", "all", or "auto"."""
     settings = model.settings.get(ModelSettings)
+    if settings.gradient_checkpointing == "auto":
+        return "auto"
     return "none" if not settings.gradient_checkpointing else "all" if settings.gradient_checkpointing_interval == 1 else "some"
 
 
-def footprint(job: Job, checkpointing: str) -> Footprint:
-    """What a step takes; with some blocks recomputed it lies between all and none."""
-    every, none = job.footprints.get(True), job.footprints.get(False)
-    if checkpointing == "all" or none is None:
+def kept_blocks(job: Job, checkpointing: str) -> int:
+    """How many blocks keep their activations; "auto" is for the caller to decide."""
+    blocks = job.facts.blocks
+    return {"none": blocks, "all": 0}.get(checkpointing, blocks // job.model.settings.get(ModelSettings).gradient_checkpointing_interval)
+
+
+def recomputed(job: Job, kept: int) -> str:
+    """In the words of strategies: "none", "some" or "all" blocks."""
+    return "all" if not kept else "none" if kept == job.facts.blocks else "some"
+
+
+def footprint(job: Job, kept: int, *, joint: bool = False) -> Footprint:
+    """What a batch takes, or (`joint`) all of a step together, where so many blocks keep their activations."""
+    measured = job.joint if joint else job.footprints
+    every, none = measured.get(True), measured.get(False)
+    if not kept or none is None:
         assert every is not None
         return every
-    if checkpointing == "none" or every is None:
+    if kept == job.facts.blocks or every is None:
         return none
-    kept = job.facts.blocks // job.model.settings.get(ModelSettings).gradient_checkpointing_interval
     share = kept / job.facts.blocks
     pairs = zip(_numbers(none.backward_work), _numbers(every.backward_work), strict=True)
     back = Work(*(round(share * of_kept + (1 - share) * of_others) for of_kept, of_others in pairs))
     return replace(every, kept=round(share * none.kept + (1 - share) * every.kept), backward_work=back)
+
+
+def activations(job: Job, *, joint: bool = False) -> int:
+    """Bytes that a block holds more when it keeps its activations, of one batch or (`joint`) of all of a step."""
+    measured = job.joint if joint else job.footprints
+    return max(1, measured[False].kept - measured[True].kept)
 
 
 def _numbers(work: Work) -> tuple[int, int, int]:
@@ -182,8 +203,11 @@ def updating(step: Footprint, *, masters: bool, low_precision: bool) -> tuple[in
     return step.gradients, step.gradients + (32 * min(count, CHUNK) if low_precision else 0)
 
 
-def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, machine: Machine) -> float:
-    """Of an optimizer step: both walks over the blocks, each as long as the slowest of what runs side by side, and the rest."""
+def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, machine: Machine, *, joint: bool = False) -> float:
+    """Of an optimizer step: both walks over the blocks, each as long as the slowest of what runs side by side, and the rest.
+
+    `joint`: `step` is all of its batches, for which weights are copied once.
+    """
     dtype, settings = job.model.context.dtype, job.model.settings
     plainly, packed = (sum(linear_bytes(job.facts, quantizer, dtype)) for quantizer in (None, precision.quantizer))
     expanded = plainly + packed if precision.quantizer else 0
@@ -194,7 +218,7 @@ def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, m
     copies = (plan.forward_bytes / machine.link, (plan.traffic_bytes - plan.forward_bytes) / machine.link)
     took = sum(max(pair) if plan.beside else sum(pair) for pair in zip(walks, copies, strict=True))
     one = took + _computing(step.other_work, machine, graphs=job.graphs)
-    return one * settings.get(OptimizerSettings).gradient_accumulation_steps
+    return one if joint else one * settings.get(OptimizerSettings).gradient_accumulation_steps
 
 
 def _computing(work: Work, machine: Machine, *, graphs: bool) -> float:

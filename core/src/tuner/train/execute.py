@@ -1,4 +1,4 @@
-"""How one batch's forward and backward pass is carried out: called plainly, or replayed as a CUDA graph.
+"""How forward and backward pass of one batch, or of several together, are carried out: called plainly, or replayed as a CUDA graph.
 
 A graph is captured per shape of batch once the same shape has run plainly a few times, so that every lazily built table and every
 library's workspace is there. All graphs share one pool of memory, because only one of them runs at a time, and one set of
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from tuner.errors import EnvironmentProblem
-from tuner.interfaces.family import Batch, Noise
-from tuner.interfaces.losses import LossValue, Regularizer
+from tuner.interfaces.losses import Regularizer
+from tuner.interfaces.memory import MemorySession
 from tuner.model.runner import BlockRunner
 from tuner.train.masters import MasterWeights
-from tuner.train.step import StepResult, TrainingModel, train_step
+from tuner.train.step import Item, StepResult, TrainingModel, train_together
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,26 +34,31 @@ GRAPHS_KEPT = 4
 
 
 class Execution(ABC):
-    """Carries out forward and backward of one batch; gradients arrive in the masters."""
+    """Carries out forward and backward; gradients arrive in the masters."""
 
     def __init__(self, training: TrainingModel, masters: MasterWeights) -> None:
         self.training = training
         self.masters = masters
 
     @abstractmethod
-    def __call__(self, batch: Batch, noise: Noise, step: int, share: float) -> StepResult:
-        """`share`: of this batch in the optimizer step's loss. The result's tensors hold until the next call."""
+    def __call__(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
+        """`share`: of each batch in the optimizer step's loss. The results' tensors hold until the next call."""
 
 
 class PlainExecution(Execution):
     """Calls the step."""
 
-    def __call__(self, batch: Batch, noise: Noise, step: int, share: float) -> StepResult:
-        result = train_step(self.training, batch, noise, step)
-        if result.loss.requires_grad:  # a batch without a stream whose modules alone are trained teaches nothing
-            (result.loss * share).backward()  # type: ignore[no-untyped-call]
+    def __call__(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
+        results = train_together(self.training, items, step)
+        # A batch without a stream whose modules alone are trained teaches nothing.
+        if losses := [result.loss * share for result in results if result.loss.requires_grad]:
+            _total(losses).backward()  # type: ignore[no-untyped-call]
         self.masters.collect()
-        return result
+        return results
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()
 
 
 @dataclass
@@ -62,7 +67,7 @@ class _Graph:
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    result: StepResult
+    results: list[StepResult]
     gradients: list[Tensor | None]
     """For each of the masters' tensors: where the graph writes its gradient; the same for all graphs."""
     kept: list[Tensor]
@@ -88,22 +93,22 @@ class GraphExecution(Execution):
         """How many shapes are replayed."""
         return len(self._graphs)
 
-    def __call__(self, batch: Batch, noise: Noise, step: int, share: float) -> StepResult:
+    def __call__(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
         keys = tuple(regularizer.graph_key() for regularizer in self.training.regularizers)
-        shape = (signature(batch), signature(noise), share, keys)
+        shape = (signature(tuple(items)), share, keys)
         if shape not in self._graphs:
             self._seen[shape] = self._seen.get(shape, 0) + 1
             if self._seen[shape] <= PLAIN_FIRST or len(self._graphs) >= self._limit:
-                return self.plain(batch, noise, step, share)
-            captured = self._capture(batch, noise, step, share)
+                return self.plain(items, step, share)
+            captured = self._capture(items, step, share)
             if captured is None:
-                return self.plain(batch, noise, step, share)
+                return self.plain(items, step, share)
             self._graphs[shape] = captured
-        return self._replay(self._graphs[shape], batch, noise, share)
+        return self._replay(self._graphs[shape], items, share)
 
-    def _capture(self, batch: Batch, noise: Noise, step: int, share: float) -> _Graph | None:
+    def _capture(self, items: Sequence[Item], step: int, share: float) -> _Graph | None:
         """None: it cannot be captured, and will not be tried again."""
-        own_batch, own_noise = copied(batch), copied(noise)
+        own = copied(tuple(items))
         if not self._gradients:
             self._gradients = [torch.empty_like(master, requires_grad=False) for master in self.masters.optimized()]
         graph = torch.cuda.CUDAGraph()
@@ -111,8 +116,8 @@ class GraphExecution(Execution):
         try:
             # Other threads (the one that pins batches) may go on calling the driver meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = train_step(self.training, own_batch, own_noise, step)
-                (result.loss * share).backward()  # type: ignore[no-untyped-call]
+                results = train_together(self.training, own, step)
+                _total([result.loss * share for result in results]).backward()  # type: ignore[no-untyped-call]
                 gradients = self._keep(self.masters.gather())
         except torch.OutOfMemoryError:
             raise
@@ -126,9 +131,8 @@ class GraphExecution(Execution):
             self.masters.gather()  # what the attempt left there was never computed
             return None
         self._pool = graph.pool()
-        detached = replace(result, loss=result.loss.detach(), terms=tuple(_detached(term) for term in result.terms), entered=None)
-        kept = [tensor.detach() for tensor in tensors(result.entered)]
-        return _Graph(graph, [*tensors(own_batch), *tensors(own_noise)], detached, gradients, kept)
+        kept = [tensor.detach() for result in results for tensor in tensors(result.entered)]
+        return _Graph(graph, list(tensors(own)), [_detached(result) for result in results], gradients, kept)
 
     def _keep(self, found: list[Tensor | None]) -> list[Tensor | None]:
         """Writes gradients where they stay, so that the graph's own memory holds none of them after a replay."""
@@ -136,19 +140,22 @@ class GraphExecution(Execution):
         torch._foreach_copy_([own for own, _ in pairs], [given for _, given in pairs])
         return [None if given is None else own for own, given in zip(self._gradients, found, strict=True)]
 
-    def _replay(self, held: _Graph, batch: Batch, noise: Noise, share: float) -> StepResult:
-        for own, given in zip(held.inputs, [*tensors(batch), *tensors(noise)], strict=True):
+    def _replay(self, held: _Graph, items: Sequence[Item], share: float) -> list[StepResult]:
+        for own, given in zip(held.inputs, tensors(tuple(items)), strict=True):
             own.copy_(given, non_blocking=True)
         held.graph.replay()
-        # A sole batch's gradients may stay where the graph wrote them; those that are added up must not be overwritten.
-        self.masters.add(held.gradients, copy=share != 1)
-        return held.result
+        # Gradients of the whole step may stay where the graph wrote them; those that others are added to must not be overwritten.
+        self.masters.add(held.gradients, copy=round(1 / share) != len(items))
+        return held.results
 
 
 def tensors(value: object) -> Iterator[Tensor]:
-    """Every tensor of a (nested) frozen dataclass or mapping, in a fixed order; samples keep theirs on the host."""
+    """Every tensor of a (nested) frozen dataclass, tuple or mapping, in a fixed order; samples keep theirs on the host."""
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors(item)
     elif isinstance(value, dict):
         for key in sorted(value):
             yield from tensors(value[key])
@@ -166,6 +173,8 @@ def copied(value: T) -> T:
 def _copied(value: object) -> object:
     if isinstance(value, Tensor):
         return value.clone()
+    if isinstance(value, tuple):
+        return tuple(_copied(item) for item in value)
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
@@ -174,18 +183,24 @@ def _copied(value: object) -> object:
 
 
 def signature(value: object) -> object:
-    """Equal for two values that the same kernels can be replayed over: structure, shapes, dtypes, and every plain value."""
+    """Equal for two values that the same kernels can be replayed over: structure, shapes, dtypes, and every plain value.
+
+    Counts of given tokens are for whoever chooses work by them, and says so with `Regularizer.graph_key`.
+    """
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
+    if isinstance(value, tuple):
+        return tuple(signature(item) for item in value)
     if isinstance(value, dict):
         return tuple((key, signature(value[key])) for key in sorted(value))
     if is_dataclass(value) and not isinstance(value, type):
-        return tuple((f.name, signature(getattr(value, f.name))) for f in fields(value) if f.name != "samples")
+        return tuple((f.name, signature(getattr(value, f.name))) for f in fields(value) if f.name not in ("samples", "most_given"))
     return value
 
 
-def _detached(term: LossValue) -> LossValue:
-    return replace(term, values=term.values.detach())
+def _detached(result: StepResult) -> StepResult:
+    terms = tuple(replace(term, values=term.values.detach()) for term in result.terms)
+    return replace(result, loss=result.loss.detach(), terms=terms, entered=None)
 
 
 def reasons_against_graphs(runner: BlockRunner, device: torch.device, regularizers: Sequence[Regularizer], extra_terms: int) -> list[str]:
@@ -201,4 +216,7 @@ def reasons_against_graphs(runner: BlockRunner, device: torch.device, regularize
         found.append("dropout draws anew for every step")
     if not runner.session.capturable:
         found.append("weights are brought in a way that cannot be replayed")
+    passing = [r.name for r in regularizers if type(r).connect is not Regularizer.connect]
+    if passing and type(runner.session) is not MemorySession:
+        found.append(f"the forward passes of {', '.join(passing)} leave other weights on the device than a step does")
     return found

@@ -31,7 +31,7 @@ from tuner.interfaces.memory import MemorySession
 from tuner.interfaces.services import WeightSource
 from tuner.model.adapters import add_adapters, resolve_targets
 from tuner.model.runner import BlockRunner, Checkpointing
-from tuner.train.step import TrainingModel, train_step
+from tuner.train.step import Item, TrainingModel, train_together
 
 META = torch.device("meta")
 OBSERVED = 2
@@ -118,6 +118,8 @@ class Trained:
     batch_size: int
     adapters: AdapterSettings | None
     """None: every weight is trained."""
+    together: int = 1
+    """How many batches each block takes while its weights are there."""
 
 
 def measure(
@@ -180,11 +182,12 @@ def _observe(
 
     run = TrainingModel(family, model, BlockRunner(blocks, call_block, checkpointing=policy, session=watch), terms)
     with live:
-        batch, noise = family.dummy_batch(model, asked.shape, asked.batch_size, asked.streams, META)
-        result = train_step(run, batch, noise)
+        drawn = [family.dummy_batch(model, asked.shape, asked.batch_size, asked.streams, META) for _ in range(asked.together)]
+        results = train_together(run, [Item(*pair) for pair in drawn])
+        loss = torch.stack([result.loss for result in results]).sum() if asked.together > 1 else results[0].loss
         watch.mark("loss")
-        if result.loss.requires_grad:
-            torch.autograd.backward(result.loss)
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
         watch.mark("end")
     for parameter in model.parameters():
         parameter.grad = None

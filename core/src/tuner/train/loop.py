@@ -14,28 +14,22 @@ from tuner.data.dataset import TrainingSet
 from tuner.data.prefetch import Prefetcher
 from tuner.data.randomness import derived_seed
 from tuner.errors import NumericError
-from tuner.interfaces.family import Batch, Noise, Sample
+from tuner.interfaces.family import Batch, Sample
+from tuner.model.selection import with_counts
 from tuner.train.assemble import Assembly
 from tuner.train.metrics import StepMetrics
 from tuner.train.placement import to_device
 from tuner.train.plan import Plan
 from tuner.train.signals import StopRequests
+from tuner.train.step import Item
 
 FLUSH_STEPS = 10
 """On a GPU, metrics cross to the host once in so many steps: reading each would stop the queue of kernels."""
 
 
-@dataclass(frozen=True)
-class Item:
-    """One prepared batch with its draws, on the host."""
-
-    batch: Batch
-    noise: Noise
-
-
 @dataclass
 class Loop:
-    """Runs from `start` to `plan.total_steps`. `on_metrics` and `save` are called between steps."""
+    """Runs from `start` to `plan.total_steps`. `on_metrics`, `save` and `validate` are called between steps."""
 
     plan: Plan
     assembly: Assembly
@@ -46,6 +40,9 @@ class Loop:
     start: int = 0
     rank: int = 0
     world: int = 1
+    due: Callable[[int], bool] = lambda step: False
+    """Whether `validate` is wanted after that step. The last one's is whoever's that called."""
+    validate: Callable[[int], None] = lambda step: None
     metrics: StepMetrics = field(default_factory=StepMetrics)
     at: str = "the first step"
     """Step and batch that are worked on, for errors."""
@@ -58,26 +55,32 @@ class Loop:
 
     def run(self) -> int:
         """Trains; returns the number of finished steps, which is less than planned where a stop was asked for."""
+        self._validate(self.start)
         depth = self.plan.settings.get(DataSettings).dataloader_prefetch
         feed = Prefetcher(self.prepare, self.start * self.accumulation, depth, self.plan.total_steps * self.accumulation)
         interval = self.plan.settings.get(RunSettings).checkpoint_step_interval
         step = saved = self.start
         try:
-            while step < self.plan.total_steps:
+            while step < self.plan.total_steps and not self.stops.stop:
                 self.step(step, feed)
                 step += 1
                 wanted = interval and step % interval == 0 and step < self.plan.total_steps
                 if wanted or self.stops.take_checkpoint_request():
                     self.checkpoint(step)
                     saved = step
-                if self.stops.stop:
-                    break
+                if step < self.plan.total_steps and not self.stops.stop:
+                    self._validate(step)
         finally:
             feed.close()
         self.flush()
         if saved != step or step == self.start:
             self.checkpoint(step)
         return step
+
+    def _validate(self, step: int) -> None:
+        if self.due(step):
+            self.flush()
+            self.validate(step)
 
     def checkpoint(self, step: int) -> None:
         """Weights that are not finite must not replace good ones: neither the losses of the steps nor what the last one left."""
@@ -93,7 +96,7 @@ class Loop:
         """Item `index` of this rank, on the host. Runs in the prefetch thread; a pure function of its arguments."""
         epoch, place = self.dataset.locate(index * self.world + self.rank)
         samples = self.dataset.load(epoch, self.dataset.epoch_plan(epoch)[place])
-        batch = self.plan.family.collate(samples, self.plan.streams)
+        batch = with_counts(self.plan.family.collate(samples, self.plan.streams))
         batch = replace(batch, extras={**batch.extras, **cached_features(samples, self.plan.extras)})
         item = Item(batch, self.assembly.noise.sample(batch, index))
         return to_device(item, self.device, pin=True) if self.device.type == "cuda" else item
@@ -106,18 +109,16 @@ class Loop:
         torch.manual_seed(derived_seed(seed, "step", step, self.rank))
         losses: dict[str, torch.Tensor] = {}
         samples = 0
+        waiting: list[Item] = []
         for micro in range(self.accumulation):
-            item = to_device(next(feed), self.device)
-            for change in run.noise_transforms:
-                item = replace(item, noise=change(item.batch, item.noise, step))
-            samples += len(item.batch.samples)
-            self.at = f"step {step + 1}, {describe_batch(item.batch)}"
-            for regularizer in run.regularizers:
-                generator = torch.Generator().manual_seed(derived_seed(seed, regularizer.name, step, micro, self.rank))
-                regularizer.begin_step(step, item.batch, item.noise, generator)
-            result = run.execution(item.batch, item.noise, step, 1 / self.accumulation)
-            self.bands.add(result.terms, item.noise)
-            losses["loss"] = losses.get("loss", 0) + result.loss.detach() / self.accumulation
+            waiting.append(self._next(step, micro, feed))
+            samples += len(waiting[-1].batch.samples)
+            if len(waiting) < run.together and micro + 1 < self.accumulation:
+                continue
+            for item, result in zip(waiting, run.execution(waiting, step, 1 / self.accumulation), strict=True):
+                self.bands.add(result.terms, item.noise)
+                losses["loss"] = losses.get("loss", 0) + result.loss.detach() / self.accumulation
+            waiting.clear()
         losses["loss"] = self._reduce(losses["loss"])
         losses["grad_norm"] = run.masters.clip_(self.plan.settings.get(OptimizerSettings).max_grad_norm)
         rate = float(run.schedule.get_last_lr()[0])
@@ -132,6 +133,18 @@ class Loop:
         self.metrics.add(step + 1, losses | self.bands.take(), host)
         if (step + 1) % self.flush_steps == 0:
             self.flush()
+
+    def _next(self, step: int, micro: int, feed: Prefetcher[Item]) -> Item:
+        """The next batch on the device, with everything drawn for it."""
+        run = self.assembly
+        item = to_device(next(feed), self.device)
+        for change in run.noise_transforms:
+            item = replace(item, noise=change(item.batch, item.noise, step))
+        self.at = f"step {step + 1}, {describe_batch(item.batch)}"
+        for regularizer in run.regularizers:
+            generator = torch.Generator().manual_seed(derived_seed(self.plan.context.seed, regularizer.name, step, micro, self.rank))
+            regularizer.begin_step(step, item.batch, item.noise, generator)
+        return item
 
     def _reduce(self, loss: torch.Tensor) -> torch.Tensor:
         """Averages gradients over ranks, in one flat buffer, and what is logged; returns the average loss.

@@ -41,19 +41,21 @@ class Bucket:
         pieces = torch.split(self.master.detach(), self.sizes)
         return {name: piece.view(m.shape) for name, m, piece in zip(self.names, self.members, pieces, strict=True)}
 
-    def collect(self) -> None:
+    def collect(self, received: dict[int, Tensor]) -> None:
         """Moves the members' gradients into the master's, added up in float32."""
-        if (found := self.gather()) is not None:
+        if (found := self.gather(received)) is not None:
             if self.master.grad is None:
                 self.master.grad = found
             else:
                 self.master.grad.add_(found)
 
-    def gather(self) -> Tensor | None:
-        """(N,) float32: the members' gradients, which they lose; None where there are none."""
-        if all(member.grad is None for member in self.members):
+    def gather(self, received: dict[int, Tensor]) -> Tensor | None:
+        """(N,) float32: the members' gradients, which they lose; None where there are none. `received`: id of a member -> its own."""
+        given = [received.pop(id(member), member.grad) for member in self.members]
+        if all(gradient is None for gradient in given):
             return None
-        found = torch.cat([(torch.zeros_like(m) if m.grad is None else m.grad).reshape(-1) for m in self.members])
+        pairs = zip(self.members, given, strict=True)
+        found = torch.cat([(torch.zeros_like(m) if gradient is None else gradient).reshape(-1) for m, gradient in pairs])
         for member in self.members:
             member.grad = None
         return found.float()
@@ -76,6 +78,16 @@ class MasterWeights:
         self._own = {n: p for n, p in parameters.items() if n not in copied}
         self._buckets = _buckets(copied)
         self._names = tuple(parameters)
+        self._members = frozenset(id(parameter) for parameter in copied.values())
+        self._received: dict[int, Tensor] = {}
+
+    def takes(self, parameter: nn.Parameter) -> bool:
+        """Whether it has a float32 copy here."""
+        return id(parameter) in self._members
+
+    def receive(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Takes a float32 gradient in place of the parameter's own `grad`, until `collect` or `gather`."""
+        self._received[id(parameter)] = gradient
 
     def optimized(self) -> list[nn.Parameter]:
         """What the optimizer steps: the buckets' masters, then parameters that are their own master."""
@@ -85,12 +97,12 @@ class MasterWeights:
     def collect(self) -> None:
         """Adds the model's gradients to the masters' and frees them. Call after each backward pass."""
         for bucket in self._buckets:
-            bucket.collect()
+            bucket.collect(self._received)
 
     @torch.no_grad()
     def gather(self) -> list[Tensor | None]:
         """Takes the model's gradients out, one tensor for each of `optimized`, and leaves none; for `add`."""
-        found: list[Tensor | None] = [bucket.gather() for bucket in self._buckets]
+        found: list[Tensor | None] = [bucket.gather(self._received) for bucket in self._buckets]
         for parameter in self._own.values():
             found.append(parameter.grad)
             parameter.grad = None

@@ -126,11 +126,14 @@ def read(run: Path) -> Outbox:
 
 
 def last_samples(run: Path) -> list[Path]:
-    """The clips and sounds of the last validation, in order of name."""
+    """The clip or sound that the last validation made of `validation_prompt`.
+
+    What it made from held-out files shows them, and bears their names; of other prompts the card says nothing.
+    """
     steps = {int(path.name[5:]): path for path in run.glob("validation/step_*") if path.name[5:].isdigit()}
     if not steps:
         return []
-    return sorted(path for path in steps[max(steps)].iterdir() if path.suffix in PLAYABLE)
+    return sorted(path for path in steps[max(steps)].iterdir() if path.suffix in PLAYABLE and path.stem == "sample")
 
 
 def _link(source: Path, target: Path) -> None:

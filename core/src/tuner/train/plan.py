@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.config.datasets import DatasetEntry, load_datasets
+from tuner.config.datasets import DatasetEntry, configured_datasets
 from tuner.config.resolve import Settings
-from tuner.config.settings import DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings, ValidationSettings
+from tuner.config.settings import DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
+from tuner.config.validation_settings import ValidationSettings
 from tuner.data.manifest import Manifest, scan
 from tuner.data.randomness import derived_seed
 from tuner.errors import CheckpointError, ConfigError, TunerError
@@ -27,7 +28,8 @@ from tuner.plugins.record import Kind
 from tuner.train import rules
 from tuner.train.advise import Predicted, forecast
 from tuner.train.trackers import chosen_trackers
-from tuner.train.validate import adjustments, wants_sample
+from tuner.train.validate import adjustments, wants_samples
+from tuner.train.validation_plan import NO_VALIDATION, ValidationPlan, validation_of
 
 if TYPE_CHECKING:
     from tuner.plugins.registry import Registry
@@ -80,6 +82,8 @@ class Plan(ModelPlan):
     notices: tuple[str, ...]
     world: int = 1
     """How many processes train together; each takes batches of its own."""
+    validation: ValidationPlan = NO_VALIDATION
+    """What is made and measured of the model while it trains."""
     predicted: Predicted | None = None
     """What it will take of its device; None: that has no memory of its own, or cannot be told."""
 
@@ -101,6 +105,7 @@ def plan_model(registry: Registry, settings: Settings, device: torch.device, ran
     family = component.load()(settings.get(component.options), context)  # type: ignore[operator]
     located = family.preview(model, scratch) if scratch else family.locate(model, Path(settings.get(DataSettings).cache_dir))
     source = open_source(registry, located, component.name)
+    context = replace(context, geometry=family.geometry)
     plan = ModelPlan(registry, settings, family, component.name, source, context, memory, downloads=located.downloads)
     memory.strategies, memory.quantizers = _enabled(plan, "memory_strategy"), _quantizers(plan)
     return plan
@@ -142,11 +147,12 @@ def make_plan(
     registry.component("optimizer", settings.get(OptimizerSettings).optimizer).load()
     chosen_trackers(registry, settings)
     sample_notices: tuple[str, ...] = ()
-    if wants_sample(settings.get(ValidationSettings)):
+    if wants_samples(settings.get(ValidationSettings)):
         model.family.check_sampling(model.source)
         sample_notices = adjustments(model.family, settings)
     entries, manifest = find_clips(model, report, remember=scratch is None)
     streams = model.family.select_streams(manifest.streams_available)
+    validation = validation_of(model, entries, manifest, streams, preview=scratch is not None)
     facts = model.family.inspect(model.source, streams)
     regularizers = _enabled(model, "regularizer")
     extras = [*_enabled(model, "latent_encoder"), *(e for r in regularizers for e in r.encoders())]
@@ -158,16 +164,17 @@ def make_plan(
         extras=tuple(encoder.name for encoder in extras),
         regularizers=regularizers, loss_terms=_enabled(model, "loss_term"),
         batches_per_epoch=batches, total_steps=total_steps(settings, batches, world),
-        notices=(*settings.notices, *model.family.notices(), *manifest.notices, *sample_notices), world=world,
-        downloads=model.downloads,
+        notices=(*settings.notices, *model.family.notices(), *manifest.notices, *sample_notices, *validation.notices), world=world,
+        validation=validation, downloads=(*model.downloads, *validation.downloads),
     )  # fmt: skip
-    problems = [*precision_problems(plan), *memory_problems(plan), *rules.problems(plan), *registry.check_plan(plan)]
+    problems = [*precision_problems(plan), *memory_problems(plan), *rules.problems(plan), *registry.check_plan(plan), *validation.problems]
+    plan = replace(plan, notices=(*plan.notices, *rules.notices(plan)))
     plan = plan if problems else with_forecast(plan)
     if data.strict and plan.notices:
         problems = [*problems, ConfigError("strict is on and something would be adjusted or ignored:\n  " + "\n  ".join(plan.notices))]
     if problems:
         raise PlanProblems(problems)
-    return plan
+    return replace(plan, downloads=(*plan.downloads, *(text for encoder in extras for text in encoder.downloads())))
 
 
 def with_forecast(plan: Plan) -> Plan:
@@ -183,7 +190,8 @@ def memory_facts(plan: Plan, part: str = "transformer") -> MemoryFacts:
     model = plan.settings.get(ModelSettings)
     if part != "transformer":  # its blocks are not known before it is opened, and it runs without gradients
         return MemoryFacts((), False, model.text_encoder_1_precision, "none", plan.world, part, host_bytes=free_host_memory())
-    recomputed = "none" if not model.gradient_checkpointing else "all" if model.gradient_checkpointing_interval == 1 else "some"
+    recomputed = "none" if not model.gradient_checkpointing else "some" if model.gradient_checkpointing == "auto" else "all"
+    recomputed = "some" if recomputed == "all" and model.gradient_checkpointing_interval > 1 else recomputed
     before, after = _linear_bytes(plan)
     return MemoryFacts(
         block_bytes=(plan.facts.block_bytes - sum(before) + sum(after),) * plan.facts.blocks, full_finetuning=model.model_type == "full",
@@ -237,12 +245,7 @@ def memory_problems(plan: Plan) -> list[TunerError]:
 
 def find_clips(model: ModelPlan, report: Report | None, *, remember: bool = True) -> tuple[list[DatasetEntry], Manifest]:
     """Reads the dataset file and probes every clip."""
-    data = model.settings.get(DataSettings)
-    if not data.data_backend_config and not data.data:
-        raise ConfigError("no dataset was given", where="data_backend_config", remedy="add --data FOLDER, or --data_backend_config FILE")
-    placeholders = {"model_family": model.family_name, "output_dir": model.settings.get(RunSettings).output_dir}
-    file = Path(data.data_backend_config) if data.data_backend_config else None
-    entries = load_datasets(file, Path(data.data) if data.data else None, data, placeholders)
+    entries, data = configured_datasets(model.settings, model.family_name), model.settings.get(DataSettings)
     return entries, scan(entries, data, model.family.geometry, progress=report, remember=remember)
 
 
@@ -260,7 +263,8 @@ def total_steps(settings: Settings, batches_per_epoch: int, world: int = 1) -> i
 def with_manifest(plan: Plan, manifest: Manifest) -> Plan:
     """The plan over what is left of the dataset after caching."""
     batches = manifest.batches_per_epoch(plan.settings.get(TrainSettings).train_batch_size)
-    return replace(plan, manifest=manifest, batches_per_epoch=batches, total_steps=total_steps(plan.settings, batches, plan.world))
+    steps = total_steps(plan.settings, batches, plan.world)
+    return replace(plan, manifest=manifest, batches_per_epoch=batches, total_steps=steps, validation=plan.validation.within(manifest))
 
 
 def _enabled(model: ModelPlan, kind: Kind) -> tuple:  # type: ignore[type-arg]

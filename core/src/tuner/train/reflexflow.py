@@ -22,10 +22,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tuner.builtins.losses import FlowMatchingLoss, token_mask
+from tuner.builtins.losses import FlowMatchingLoss
 from tuner.config.rollout_settings import RolloutSettings
 from tuner.interfaces.family import Noise, Prediction, StreamBatch, StreamNoise
-from tuner.interfaces.losses import LossTerm, LossValue, StepState
+from tuner.interfaces.losses import LossTerm, LossValue, StepState, token_mask
 
 
 class CompensatedLoss(FlowMatchingLoss):

@@ -17,13 +17,10 @@ from tuner.interfaces.family import ClipShape, ModelFamily
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
 from tuner.model.adapters import adapter_alpha, adapter_state
 from tuner.tensor_files import write_tensors
+from tuner.train.adapter_files import FILE_NAMES, OWN_NAME
 from tuner.train.assemble import Assembly
 from tuner.train.plan import Plan
 
-OWN_NAME = "lora.safetensors"
-"""The adapter in the family's own layout."""
-FILE_NAMES = {"peft": "pytorch_lora_weights.safetensors"}
-"""Layouts with a name that other programs look for."""
 FULL_NAME = "transformer.safetensors"
 """What full fine-tuning leaves in the run folder."""
 NAMED = 8

@@ -130,7 +130,8 @@ def exact_facts(plan: Plan, world: int) -> dict[str, object]:
     settings = plan.settings
     placing = {key for options in plan.registry.option_types if not options.changes_numbers for key in options.model_fields}
     values = {key: entry["value"] for key, entry in settings.resolved().items() if decides(key) and key not in placing}
-    if settings.get(OptimizerSettings).lr_scheduler in OPEN_ENDED:
+    follows = any(settings.get(options).follows_length() for options in plan.registry.option_types)
+    if settings.get(OptimizerSettings).lr_scheduler in OPEN_ENDED and not follows:
         values.pop("max_train_steps", None)
     libraries = {quantizer.distribution for quantizer in plan.memory.quantizers.values()} - {""}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", *sorted(libraries))}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from tuner.config.settings import AdapterSettings, ModelSettings, RunSettings
+from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, RunSettings
 from tuner.errors import ConfigError, TunerError
 from tuner.interfaces.losses import TrainingFacts
 from tuner.model.adapters import resolve_targets
@@ -17,10 +17,13 @@ from tuner.model.adapters import resolve_targets
 if TYPE_CHECKING:
     from tuner.train.plan import Plan
 
+LONGEST_SIDE = 8192
+"""In pixels; what is beyond is a mistake in the unit rather than a wish: no model makes such pictures."""
+
 
 def problems(plan: Plan) -> list[TunerError]:
     """All of them; `TunerError`s that name keys."""
-    found: list[TunerError] = [*_output_problems(plan), *_graph_problems(plan)]
+    found: list[TunerError] = [*_output_problems(plan), *_size_problems(plan), *_graph_problems(plan), *_order_problems(plan)]
     try:
         facts = training_facts(plan)
     except ConfigError as error:
@@ -36,12 +39,45 @@ def _output_problems(plan: Plan) -> list[TunerError]:
     return [ConfigError("is a file, no folder", where="output_dir", value=str(taken), remedy="name a folder, which is made")]
 
 
+def _size_problems(plan: Plan) -> list[TunerError]:
+    sizes = {item.dataset: item.bucket for item in plan.manifest.items if max(item.bucket.width, item.bucket.height) > LONGEST_SIDE}
+    remedy = "resolution counts pixels, or megapixels where resolution_type is area"
+    return [
+        ConfigError(
+            f"dataset {dataset!r} would be scaled to {bucket.width}x{bucket.height}; a side has at most {LONGEST_SIDE} pixels",
+            where="resolution", remedy=remedy,
+        )
+        for dataset, bucket in sizes.items()
+    ]  # fmt: skip
+
+
+def notices(plan: Plan) -> tuple[str, ...]:
+    """What is carried out as asked, but hardly meant."""
+    optimizer = plan.settings.get(OptimizerSettings)
+    if optimizer.lr_warmup_steps <= plan.total_steps:
+        return ()
+    share = (plan.total_steps - 1) / optimizer.lr_warmup_steps
+    return (
+        f"lr_warmup_steps: {optimizer.lr_warmup_steps} is more than the {plan.total_steps} steps of the run, so the learning rate ends "
+        f"at {share:.0%} of learning_rate",
+    )
+
+
 def _graph_problems(plan: Plan) -> list[TunerError]:
     device = plan.context.device
     if plan.settings.get(ModelSettings).cuda_graphs != "on" or device.type == "cuda":
         return []
     remedy = "set it to auto: then it is used wherever it can be"
     return [ConfigError(f"this run trains on {device.type}, which has no CUDA graphs", where="cuda_graphs", value="on", remedy=remedy)]
+
+
+def _order_problems(plan: Plan) -> list[TunerError]:
+    settings = plan.settings.get(OptimizerSettings)
+    if settings.gradient_accumulation_order != "layer" or not plan.regularizers:
+        return []
+    names = ", ".join(regularizer.name for regularizer in plan.regularizers)
+    problem = f"{names} prepares one batch at a time, so that blocks cannot take several"
+    return [ConfigError(problem, where="gradient_accumulation_order", value="layer", remedy="set it to auto, or batch")]
 
 
 def training_facts(plan: Plan) -> TrainingFacts:

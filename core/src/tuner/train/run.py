@@ -4,6 +4,7 @@ run.json               what ran: versions, plugins, device
 config.resolved.json   every key with its value and origin
 events.jsonl           what happened, one object a line
 metrics.jsonl          one object per logged step; after a resume exactly what an uninterrupted run would hold
+pace.jsonl             speed and memory, about once a second; a resumed run adds to it
 heartbeat.json         that it lives, and where it is
 """
 
@@ -16,7 +17,9 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+import socket
+import threading
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,6 +27,9 @@ from pathlib import Path
 
 from tuner.config.masking import masked
 from tuner.errors import DiskError
+
+Listener = Callable[[str, Mapping[str, object]], None]
+"""Is told of an event: its kind and its facts."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +54,13 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def describe_device() -> str:
-    """The accelerator's name, or the processor's."""
+def describe_device(kind: str = "") -> str:
+    """The accelerator's name, or the processor's. `kind`: the type of the device in use; found out when empty."""
     import torch
 
-    if torch.cuda.is_available():
+    if kind in ("", "cuda") and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    return platform.processor() or platform.machine()
+    return (platform.processor() or platform.machine()) + (f" ({kind})" if kind else "")
 
 
 class RunFolder:
@@ -62,6 +68,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[Listener] = []
+        """Told of each event after it was written."""
+        self._replacing = threading.Lock()
+        self._beat: dict[str, object] = {}
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -93,6 +103,8 @@ class RunFolder:
     def event(self, kind: str, **facts: object) -> None:
         """One line of events.jsonl: {"time", "kind", ...facts}."""
         self._append("events.jsonl", {"time": now(), "kind": kind, **facts})
+        for listener in self.listeners:
+            listener(kind, facts)
 
     def metrics(self, step: int, values: Mapping[str, object]) -> None:
         """One line of metrics.jsonl: {"step", ...values}. No time, so that a resumed run's file equals an uninterrupted one's."""
@@ -112,9 +124,28 @@ class RunFolder:
             self._replace_bytes("metrics.jsonl", b"".join(kept), durable=True)
         return len(lines) - len(kept)
 
-    def heartbeat(self, step: int, total: int, state: str) -> None:
-        """heartbeat.json, replaced in one go. `state`: a word such as "training", "saving", "finished"."""
-        self._replace("heartbeat.json", {"time": now(), "pid": os.getpid(), "step": step, "total": total, "state": state}, durable=False)
+    def pace(self, step: int, values: Mapping[str, object]) -> None:
+        """One line of pace.jsonl: {"time", "step", ...values}."""
+        self._append("pace.jsonl", {"time": now(), "step": step, **values})
+
+    def heartbeat(self, step: int, total: int, state: str, facts: Mapping[str, object] | None = None) -> None:
+        """heartbeat.json, replaced in one go. `state`: a word such as "training", "saving", "finished". `facts`: what else is known;
+        what was given before stays."""
+        self._beat |= {"step": step, "total": total, "state": state, **masked_facts(facts)}
+        self.beat_again()
+
+    def beat_again(self) -> None:
+        """The last heartbeat with the present time."""
+        place = {"time": now(), "pid": os.getpid(), "host": socket.gethostname()}
+        self._replace("heartbeat.json", {**place, **self._beat}, durable=False)
+
+    def write_dataset(self, facts: Mapping[str, object]) -> None:
+        """dataset.json: what is trained on, for the report."""
+        self._replace("dataset.json", masked_facts(facts))
+
+    def write_page(self, name: str, text: str) -> None:
+        """A page for people, replaced in one go."""
+        self._replace_bytes(name, text.encode("utf-8", "backslashreplace"), durable=False)
 
     def _replace(self, name: str, content: Mapping[str, object], *, durable: bool = True) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
@@ -123,6 +154,10 @@ class RunFolder:
     def _replace_bytes(self, name: str, content: bytes, *, durable: bool) -> None:
         """Readers see the old file or the new one, never a part. `durable`: also after a power cut."""
         temporary = self.path / f".{name}.tmp-{os.getpid()}"
+        with self._replacing:
+            self._replace_with(temporary, name, content, durable=durable)
+
+    def _replace_with(self, temporary: Path, name: str, content: bytes, *, durable: bool) -> None:
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -160,6 +195,11 @@ class RunFolder:
         return DiskError(
             f"cannot be written: {error.strerror}", where=str(self.path / name), remedy="free some space, or set another output_dir"
         )
+
+
+def masked_facts(facts: Mapping[str, object] | None) -> dict[str, object]:
+    """Facts as JSON can hold them, without secrets."""
+    return {name: masked(value, name) for name, value in (facts or {}).items()}
 
 
 def _versions(*distributions: str) -> dict[str, str]:

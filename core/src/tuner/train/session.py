@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from tuner.config.resolve import Settings
-from tuner.config.settings import DataSettings, RunSettings, TrainSettings, ValidationSettings
+from tuner.config.settings import DataSettings, RunSettings, TrainSettings
 from tuner.data.dataset import TrainingSet
 from tuner.data.manifest import require_usable
 from tuner.errors import DiskError, EnvironmentProblem, TunerError
@@ -29,12 +29,14 @@ from tuner.train.loop import Loop
 from tuner.train.outbox import Outbox
 from tuner.train.plan import Plan, make_plan, with_manifest
 from tuner.train.publish import Destination, check_destination, later, page, planned_destination, send
+from tuner.train.recorder import Recorder
 from tuner.train.results import write_results
 from tuner.train.resume import TrainingCheckpoints
-from tuner.train.run import RunFolder, RunInfo, now
+from tuner.train.run import RunFolder, RunInfo, describe_device, now
 from tuner.train.signals import StopRequests
 from tuner.train.trackers import Trackers
-from tuner.train.validate import sample_at_end, wants_sample
+from tuner.train.validation import Earlier, Validation
+from tuner.train.validation_plan import family_encoders
 
 
 class Interface(Protocol):
@@ -101,6 +103,8 @@ class Session:
     stage: str = "caching"
     """What is going on before the first step, for errors."""
     loop: Loop | None = None
+    recorder: Recorder = field(init=False)
+    """From the moment on at which the run folder is written to."""
 
     def run(self) -> Outcome:
         """Raises `TunerError`; whatever was saved before stays."""
@@ -143,11 +147,15 @@ class Session:
         self.registry.run_finished(self.info(folder), "failed")
 
     def _run(self, folder: RunFolder, checkpoints: TrainingCheckpoints, stack: ExitStack) -> Outcome:
+        recorder = self.recorder = stack.enter_context(Recorder(folder, self.plan.total_steps, self.interface.note, active=self.ranks.main))
         if self.ranks.main:
-            folder.write_run(self.info(folder), str(self.plan.context.device))
+            folder.write_run(self.info(folder), describe_device(self.plan.context.device.type))
             folder.write_config(self.plan.settings.resolved())
             folder.event("started", total_steps=self.plan.total_steps, notices=list(self.plan.notices))
+        recorder.stage("caching")
         summary = self._cache(folder)
+        recorder.total = self.plan.total_steps
+        recorder.stage("loading")
         dataset = self._dataset(summary)
         found = self.ranks.together(lambda: checkpoints.load(dataset.digest()))
         self.stage = "loading the model"
@@ -156,14 +164,29 @@ class Session:
         stack.callback(assembly.detach)
         start = self.ranks.together(lambda: checkpoints.restore(found, assembly)) if found else 0
         self.interface.note(f"going on after step {start}" if found else "starting at step 0")
+        earlier = Earlier.of(folder.path) if found and self.ranks.main else Earlier()
         if self.ranks.main:
-            folder.drop_metrics_after(start)
+            folder.drop_metrics_after(start if found else -1)
             folder.event("training", from_step=start)
+        recorder.stage("training", start)
         stops = stack.enter_context(StopRequests(self.interface.note, self.ranks.most if self.ranks.world > 1 else None))
-        loop = self._loop(folder, assembly, dataset, checkpoints, stops, start, self._trackers(folder, stack))
+        trackers = self._trackers(folder, stack)
+        validation = self._validation(folder, assembly, trackers, earlier, stops, start if found else -1)
+        loop = self._loop(folder, assembly, dataset, checkpoints, stops, start, trackers, validation)
         self.loop = loop
         step = loop.run() if start < self.plan.total_steps else start
-        return self._conclude(folder, assembly, checkpoints, step, stops.stop, summary)
+        return self._conclude(folder, assembly, checkpoints, step, stops.stop, summary, validation)
+
+    def _validation(
+        self, folder: RunFolder, assembly: Assembly, trackers: Trackers, earlier: Earlier, stops: StopRequests, resumed_at: int
+    ) -> Validation:
+        """On several ranks the first one does all of it."""
+
+        def log(step: int, row: Mapping[str, float]) -> None:
+            folder.metrics(step, row)
+            trackers.log(step, row)
+
+        return Validation(self.plan, assembly, folder, earlier, log, self.interface.note, lambda: stops.asked, resumed_at)
 
     def _trackers(self, folder: RunFolder, stack: ExitStack) -> Trackers:
         """Those of `report_to`, on the first rank; closed at the end, however that comes."""
@@ -174,6 +197,12 @@ class Session:
 
         trackers = Trackers.of(self.registry, self.plan.settings, folder.path, note) if self.ranks.main else Trackers((), note)
         stack.callback(trackers.close)
+
+        def heard(kind: str, facts: Mapping[str, object]) -> None:
+            if kind == "sample":
+                trackers.sample(int(str(facts["step"])), folder.path / str(facts["path"]), str(facts["label"]), str(facts["prompt"]))
+
+        folder.listeners.append(heard)
         return trackers
 
     def _cache(self, folder: RunFolder) -> CacheSummary:
@@ -181,6 +210,8 @@ class Session:
         summary = self.ranks.main_first(lambda: encode_dataset(self.plan, self.interface))
         if self.ranks.main:
             folder.event("cached", **summary.facts())
+            train = self.plan.settings.get(TrainSettings)
+            self.recorder.dataset(summary.manifest, train.train_batch_size, train.seed)
         self.plan = with_manifest(self.plan, summary.manifest)
         return summary
 
@@ -190,7 +221,7 @@ class Session:
 
     def _loop(
         self, folder: RunFolder, assembly: Assembly, dataset: TrainingSet, checkpoints: TrainingCheckpoints, stops: StopRequests,
-        start: int, trackers: Trackers,
+        start: int, trackers: Trackers, validation: Validation,
     ) -> Loop:  # fmt: skip
         total, interval = self.plan.total_steps, self.plan.settings.get(RunSettings).log_interval
 
@@ -200,11 +231,12 @@ class Session:
             if step % interval == 0:
                 folder.metrics(step, {k: v for k, v in row.items() if k not in ("seconds", "samples")})
                 trackers.log(step, row)
-            folder.heartbeat(step, total, "training")
+            self.recorder.step(step, row)
             self.interface.training(step, total, row)
 
         def write(step: int) -> None:
             if self.ranks.main:
+                self.recorder.stage("saving", step)
                 path = checkpoints.save(step, assembly)
                 folder.event("checkpoint", step=step, path=path.name)
                 self.interface.note(f"saved {path}")
@@ -214,19 +246,26 @@ class Session:
             self.ranks.together(lambda: write(step))
             stops.agree()
 
-        return Loop(self.plan, assembly, dataset, on_metrics, save, stops, start, self.ranks.rank, self.ranks.world)
+        def validate(step: int) -> None:
+            self.ranks.together(lambda: validation.at(step) if self.ranks.main else None)
+            stops.agree()
+
+        return Loop(
+            self.plan, assembly, dataset, on_metrics, save, stops, start, self.ranks.rank, self.ranks.world, validation.due, validate
+        )
 
     def _conclude(
-        self, folder: RunFolder, assembly: Assembly, checkpoints: TrainingCheckpoints, step: int, stopped: int, summary: CacheSummary
-    ) -> Outcome:
+        self, folder: RunFolder, assembly: Assembly, checkpoints: TrainingCheckpoints, step: int, stopped: int, summary: CacheSummary,
+        validation: Validation,
+    ) -> Outcome:  # fmt: skip
         files: tuple[Path, ...] = ()
         sample, outbox = None, None
         if self.ranks.main:
             if not stopped:
                 files = write_results(self.plan, assembly, folder.path)
-                sample = self._sample(folder, assembly)
+                sample = validation.at(step) if validation.due(step) else None
                 outbox = self._fill_outbox(folder, files)
-            folder.heartbeat(step, self.plan.total_steps, "stopped" if stopped else "finished")
+            self.recorder.stage("stopped" if stopped else "finished", step)
             folder.event("stopped" if stopped else "finished", step=step, files=[f.name for f in files])
             if outbox is not None and self.destination.wanted:
                 self._push(folder, outbox)
@@ -252,18 +291,6 @@ class Session:
         else:
             folder.event("pushed", repository=sent.repository)
             self.interface.note(f"uploaded to {page(sent.repository)}")
-
-    def _sample(self, folder: RunFolder, assembly: Assembly) -> Path | None:
-        """A sample that fails is reported and does not fail a finished training."""
-        if not wants_sample(self.plan.settings.get(ValidationSettings)):
-            return None
-        self.interface.note("sampling the validation prompt")
-        try:
-            return sample_at_end(self.plan, assembly, folder.path)
-        except (TunerError, torch.OutOfMemoryError) as error:
-            folder.event("sample_failed", reason=str(error))
-            self.interface.note(f"the sample failed, the trained weights are safe: {error}")
-            return None
 
 
 def train(registry: Registry, settings: Settings, interface: Interface, *, dry_run: bool = False) -> Outcome:
@@ -321,6 +348,7 @@ def encode_dataset(plan: Plan, interface: Interface) -> CacheSummary:
     summary = fill_cache(
         plan.manifest, plan.encoders, plan.context.device, batch_size=data.vae_batch_size,
         with_empty_caption=train_settings.caption_dropout_probability > 0, report=interface.caching,
+        beside=plan.validation.beside(family_encoders(plan)),
     )  # fmt: skip
     interface.note(summary.describe())
     require_usable(summary.manifest, strict=data.strict)

@@ -37,6 +37,11 @@ class StopRequests:
         self._seen: set[int] = set()
         self._former: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to stop, agreed upon or not: for who can leave work undone that no other process waits for."""
+        return bool(self.stop or self._asked)
+
     def take_checkpoint_request(self) -> bool:
         """Whether a checkpoint was asked for since the last call; clears the request."""
         self.agree()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tuner.interfaces.blocks import BlockState
 from tuner.interfaces.family import Batch, ModelFamily, Noise
-from tuner.interfaces.losses import LossTerm, LossValue, Regularizer, StepState
+from tuner.interfaces.losses import LossTerm, LossValue, Regularizer, StepState, TapValue
 from tuner.model.runner import BlockRunner
 
 
@@ -36,12 +36,34 @@ class StepResult:
     """What went into the first block."""
 
 
+@dataclass(frozen=True)
+class Item:
+    """One prepared batch with its draws."""
+
+    batch: Batch
+    noise: Noise
+
+
 def train_step(run: TrainingModel, batch: Batch, noise: Noise, step: int = 0) -> StepResult:
     """Forward pass and losses; the caller calls `loss.backward()`."""
-    entered = run.family.enter(run.model, batch, noise)
-    state = run.blocks.run(entered)
-    prediction = run.family.exit(run.model, state)
-    seen = StepState(batch, noise, prediction, run.blocks.tapped, step)
+    return train_together(run, [Item(batch, noise)], step)[0]
+
+
+def train_together(run: TrainingModel, items: Sequence[Item], step: int = 0) -> list[StepResult]:
+    """The same for several batches that each block takes one after the other while its weights are there.
+
+    The caller calls `backward` on the sum of the losses.
+    """
+    entered = [run.family.enter(run.model, item.batch, item.noise) for item in items]
+    passed = run.blocks.run_all(entered)
+    return [_losses(run, item, start, *end, step) for item, start, end in zip(items, entered, passed, strict=True)]
+
+
+def _losses(
+    run: TrainingModel, item: Item, entered: BlockState, after: BlockState, taps: Mapping[str, TapValue], step: int
+) -> StepResult:
+    prediction = run.family.exit(run.model, after)
+    seen = StepState(item.batch, item.noise, prediction, taps, step)
     terms = tuple(term(seen) for term in run.loss_terms)
     weighed: Sequence[LossValue] = terms
     for regularizer in run.regularizers:

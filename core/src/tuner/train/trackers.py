@@ -22,13 +22,14 @@ WAITING = 1000
 CLOSE_SECONDS = 30.0
 """What all trackers together get at the end to send what they hold."""
 
-Row = tuple[int, Mapping[str, float]]
+Message = Callable[[Tracker], None]
+"""What a tracker is told: a call of one of its methods."""
 
 
 def chosen_trackers(registry: Registry, settings: Settings) -> list[Component]:
     """The trackers that `report_to` names, each once, imported.
 
-    Raises `ConfigError` for an unknown one, `PluginError` for one that cannot be imported.
+    Raises `ConfigError` for an unknown one, `PluginError` for one that cannot be imported, `EnvironmentProblem` for one that cannot work.
     """
     words = [word.strip() for word in settings.get(RunSettings).report_to.split(",")]
     names = dict.fromkeys(word for word in words if word)
@@ -36,16 +37,18 @@ def chosen_trackers(registry: Registry, settings: Settings) -> list[Component]:
         return []
     components = [registry.component("tracker", name) for name in names]
     for component in components:
-        component.load()
+        factory = component.load()
+        if isinstance(factory, type) and issubclass(factory, Tracker):
+            factory.check()
     return components
 
 
 class TrackerThread:
-    """One tracker in a daemon thread. Rows wait in a bounded queue; what it cannot do is said once, through `news`."""
+    """One tracker in a daemon thread. What it is to be told waits in a bounded queue; what it cannot do is said once, through `news`."""
 
     def __init__(self, name: str, make: Callable[[], Tracker], settings: Mapping[str, object], waiting: int = WAITING) -> None:
         self.name = name
-        self._rows: queue.Queue[Row | None] = queue.Queue(waiting)
+        self._messages: queue.Queue[Message | None] = queue.Queue(waiting)
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._dropped = 0
         self._thread = threading.Thread(target=self._run, args=(make, settings), name=f"tracker {name}", daemon=True)
@@ -53,10 +56,18 @@ class TrackerThread:
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Hands over a row; never waits. A row for which there is no room is left out."""
+        kept = dict(row)
+        self._hand_over(step, lambda tracker: tracker.log(step, kept))
+
+    def sample(self, step: int, path: Path, label: str, prompt: str) -> None:
+        """The same for a sample."""
+        self._hand_over(step, lambda tracker: tracker.sample(step, path, label, prompt))
+
+    def _hand_over(self, step: int, message: Message) -> None:
         if not self._thread.is_alive():
             return
         try:
-            self._rows.put_nowait((step, dict(row)))
+            self._messages.put_nowait(message)
         except queue.Full:
             self._dropped += 1
             if self._dropped == 1:
@@ -73,14 +84,14 @@ class TrackerThread:
         """Asks it to close after the rows that wait; `join` waits for that."""
         while self._thread.is_alive():
             try:
-                self._rows.put_nowait(None)
+                self._messages.put_nowait(None)
                 return
             except queue.Full:
                 self._make_room()
 
     def _make_room(self) -> None:
         try:
-            self._rows.get_nowait()
+            self._messages.get_nowait()
             self._dropped += 1
         except queue.Empty:
             return
@@ -95,8 +106,8 @@ class TrackerThread:
         try:
             tracker = make()
             tracker.start(settings)
-            while (row := self._rows.get()) is not None:
-                tracker.log(*row)
+            while (message := self._messages.get()) is not None:
+                message(tracker)
             tracker.close()
         except (Exception, SystemExit) as error:  # whatever a plugin raises; some libraries exit
             self._news.put(f"tracker {self.name} failed and is left out (metrics.jsonl has all): {reason_of(error)}")
@@ -119,6 +130,12 @@ class Trackers:
         """Forwards a row of numbers to every tracker."""
         for thread in self._threads:
             thread.log(step, row)
+        self._tell()
+
+    def sample(self, step: int, path: Path, label: str, prompt: str) -> None:
+        """Tells every tracker of a sample."""
+        for thread in self._threads:
+            thread.sample(step, path, label, prompt)
         self._tell()
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:

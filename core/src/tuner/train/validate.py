@@ -1,34 +1,18 @@
-"""The sample at the end of a run, and everything else that turns a prompt into an mp4."""
+"""From the validation keys to a request, and from what a model generated to a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from tuner.config.resolve import Settings
-from tuner.config.settings import DataSettings, ModelSettings, ValidationSettings
+from tuner.config.settings import DataSettings, ModelSettings
+from tuner.config.validation_settings import ValidationSettings
 from tuner.data.media import write_mp4, write_wav
 from tuner.errors import ConfigError, NumericError
 from tuner.interfaces.family import Generated, ModelFamily, SampleRequest
-
-if TYPE_CHECKING:
-    from tuner.train.assemble import Assembly
-    from tuner.train.plan import Plan
-
-
-def sample_at_end(plan: Plan, assembly: Assembly, folder: Path) -> Path:
-    """Samples the validation prompt with the trained model; returns the mp4."""
-    training = assembly.training
-    request = planned_request(plan.family, plan.settings, sound="audio" in plan.streams)
-    training.model.eval()
-    try:
-        generated = plan.family.sample(training.model, plan.source, [request], training.blocks, plan.streams)[0]
-    finally:
-        training.model.train()
-    target = folder / "validation" / f"step_{plan.total_steps}" / "sample.mp4"
-    return write_sample(generated, target)
+from tuner.train.prompts import prompts
 
 
 def write_sample(generated: Generated, target: Path) -> Path:
@@ -66,6 +50,7 @@ def planned_request(family: ModelFamily, settings: Settings, *, sound: bool) -> 
         frame_rate=settings.get(DataSettings).frame_rate or family.geometry.default_frame_rate,
         steps=int(own.get("validation_num_inference_steps", validation.validation_num_inference_steps)),
         guidance=own.get("validation_guidance", validation.validation_guidance),
+        audio_guidance=validation.validation_audio_guidance,
         seed=validation.validation_seed,
         sound=sound,
     )
@@ -107,8 +92,13 @@ def check_target(target: Path) -> None:
 
 
 def wants_sample(settings: ValidationSettings) -> bool:
-    """Whether the run ends with a sample."""
+    """Whether samples of `validation_prompt` are made."""
     return bool(settings.validation_prompt) and not settings.validation_disable
+
+
+def wants_samples(settings: ValidationSettings) -> bool:
+    """Whether samples of any kind are asked for. Raises `ConfigError` for a prompt library that cannot be used."""
+    return not settings.validation_disable and (settings.validation_using_datasets or bool(prompts(settings)))
 
 
 def parse_resolution(text: str) -> tuple[int, int]:

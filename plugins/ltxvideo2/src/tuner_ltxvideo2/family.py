@@ -59,6 +59,7 @@ class LTX2Family(ModelFamily):
     geometry: ClassVar[Geometry] = Geometry(frame_step=8, size_step=32, sample_rate=16000, audio_channels=2, default_frame_rate=25.0)
     stream_names: ClassVar[tuple[str, ...]] = ("video", "audio")
     token_shift: ClassVar[TokenShift] = TokenShift(0.95, 2.05, 1024, 4096)
+    caption_tokens: ClassVar[int] = MAX_TOKENS
 
     def __init__(self, options: LTX2Options, context: BuildContext, text_encoder: Path | None = None) -> None:
         """`text_encoder`: its folder, where it does not lie beside the weights; `locate` sets it too."""
@@ -173,6 +174,10 @@ class LTX2Family(ModelFamily):
         given = self.options.given_stream
         return inputs.collate(samples, streams, seed=self.context.seed, rules=self._conditioning, given=given)
 
+    def collate_fixed(self, samples: Sequence[Sample], streams: Sequence[str]) -> Batch:
+        """Without the conditioning that is drawn: a mask, a reference or the first frame of `is_i2v` stay given."""
+        return inputs.collate(samples, streams, given=self.options.given_stream)
+
     def dummy_batch(
         self, model: nn.Module, shape: ClipShape, batch_size: int, streams: Sequence[str], device: torch.device
     ) -> tuple[Batch, Noise]:
@@ -190,7 +195,7 @@ class LTX2Family(ModelFamily):
         return transformer.exit(model, state)
 
     def block_set(self, model: nn.Module) -> BlockSet:
-        return BlockSet.of(model, transformer.transformer_blocks(model))
+        return BlockSet.of(model, transformer.transformer_blocks(model), transformer.widths(model))
 
     # --- adapters ------------------------------------------------------------------------------------------------
     def adapter_targets(self, model: nn.Module, streams: Sequence[str]) -> list[str]:
@@ -229,7 +234,12 @@ class LTX2Family(ModelFamily):
         for request in requests:
             sampling.check_request(request, self.geometry)
         variant, dtype, device = variant_of(source), self.context.dtype, next(model.parameters()).device
-        prompts = sampling.encode_prompts(TextEncoder(source, variant, dtype, self.text_encoder, self.context.memory), requests, device)
+        given = [sampling.given_tokens(request, streams) for request in requests]
+
+        def text_encoder() -> TextEncoder:
+            return TextEncoder(source, variant, dtype, self.text_encoder, self.context.memory)
+
+        prompts = sampling.encode_prompts(text_encoder, requests, device)
 
         def predict(batch: Batch, noise: Noise) -> Prediction:
             return self.exit(model, run_blocks.run(self.enter(model, batch, noise)))
@@ -238,10 +248,9 @@ class LTX2Family(ModelFamily):
         model.eval()  # no dropout in adapters
         try:
             latents = []
-            for request, prompt in zip(requests, prompts, strict=True):
-                grids = sampling.grids_for(request, streams)
-                noise = sampling.initial_noise(request.seed, grids)
-                latents.append(sampling.denoise(predict, request, prompt, noise, grids, self.token_shift, device, distilled=self.distilled))
+            for request, prompt, known in zip(requests, prompts, given, strict=True):
+                start = sampling.Start.of(request, streams, known)
+                latents.append(sampling.denoise(predict, request, prompt, start, self.token_shift, device, distilled=self.distilled))
         finally:
             model.train(was_training)
         convolutions, memory = self._convolution_dtype(), self.context.memory

@@ -21,8 +21,8 @@ from tuner.errors import CheckpointError
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.memory import PartMemory, Placement
 from tuner.model.placing import RunMemory
+from tuner.model.stored import StoredTensor, read_header, weight_files
 from tuner_ltxvideo2.quantized import read_stored, with_scales
-from tuner_ltxvideo2.stored import StoredTensor, read_header, weight_files
 from tuner_ltxvideo2.text_files import GemmaConfig, GemmaModel, gemma_model
 
 MEMORY_PART: Final = "text_encoder"

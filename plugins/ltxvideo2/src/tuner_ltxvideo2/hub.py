@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from tuner.errors import CheckpointError, ConfigError
-from tuner_ltxvideo2.remote import Repository, fetch, lacks, newest, open_repository, preview
+from tuner.model.hub import Repository, fetch, lacks, newest, open_repository, preview
 from tuner_ltxvideo2.variants import DEFAULT_FLAVOUR, FLAVOURS, Flavour
 
 _WHERE: Final = "pretrained_model_name_or_path"

@@ -17,6 +17,7 @@ PARTS: Final = ("transformer", "connectors", "vae", "audio_vae", "vocoder")
 
 _CONNECTOR_HEADS: Final = ("video_embeddings_connector", "audio_embeddings_connector")
 _PROJECTION_HEAD: Final = "text_embedding_projection"
+CONNECTOR_PREFIXES: Final = tuple(f"{head}." for head in _CONNECTOR_HEADS)
 PROJECTION_PREFIX: Final = _PROJECTION_HEAD + "."
 """Of the connectors' first layers, which LTX-2.5 publishes in the text encoder's file."""
 TRANSFORMER_PREFIX: Final = "model.diffusion_model."

@@ -28,9 +28,9 @@ from tuner.errors import CheckpointError
 from tuner.interfaces.family import Variant
 from tuner.interfaces.memory import Placement
 from tuner.interfaces.services import Loader, TensorHeader, WeightSource
+from tuner.model.stored import StoredFile, StoredTensor, fingerprint_tensors, named, read_header, weight_files
 from tuner_ltxvideo2.keys import DIFFUSION_DECODER, PARTS, TRANSFORMER_PREFIX, is_unread, join_original, split_original, to_diffusers
 from tuner_ltxvideo2.quantized import read_weight, with_scales
-from tuner_ltxvideo2.stored import StoredFile, StoredTensor, fingerprint_tensors, named, read_header, weight_files
 from tuner_ltxvideo2.variants import FAMILY, variant_of
 
 _CLASSES: Final[Mapping[str, type[nn.Module]]] = {

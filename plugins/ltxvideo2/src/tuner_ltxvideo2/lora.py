@@ -2,7 +2,8 @@
 
 A file written here has the keys `diffusion_model.<original module name>.lora_A.weight` and `.lora_B.weight`. An `.alpha` tensor
 would make diffusers refuse it, so B is stored times alpha / rank. Reading also takes diffusers' own spelling (`transformer.` and
-diffusers' names) and the older `.lora_down` / `.lora_up` / `.alpha` one.
+diffusers' names) and the older `.lora_down` / `.lora_up` / `.alpha` one. Published files may adapt the text connectors as well; these
+layers are left out, because captions are encoded before an adapter is there.
 
 Dimensions: r rank.
 """
@@ -10,6 +11,7 @@ Dimensions: r rank.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -23,6 +25,8 @@ from tuner.errors import CheckpointError
 from tuner.interfaces.services import AdapterState, CheckpointFormat
 from tuner.tensor_files import write_tensors
 from tuner_ltxvideo2 import keys
+
+log = logging.getLogger(__name__)
 
 ORIGINAL = "diffusion_model."
 DIFFUSERS = "transformer."
@@ -64,7 +68,8 @@ class UniversalFormat(CheckpointFormat):
                 names = list(file.keys())
         except (SafetensorError, OSError):
             return False
-        return bool(names) and all(_split(name) is not None for name in names)
+        adapted = [name for name in names if not _is_of_connectors(name)]
+        return bool(adapted) and all(_split(name) is not None for name in adapted)
 
     def read(self, path: Path) -> AdapterState:
         """The adapter under this family's module names, any alpha folded into B: `alpha` equals `rank`, the largest in the file."""
@@ -74,7 +79,10 @@ class UniversalFormat(CheckpointFormat):
                 metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"is no readable safetensors file: {error}", where=path.name) from error
-        parts = _by_module(tensors, path.name)
+        left_out = [name for name in tensors if _is_of_connectors(name)]
+        if left_out:
+            log.warning("%s also adapts the text connectors; these %d tensors are left out", path.name, len(left_out))
+        parts = _by_module({name: tensor for name, tensor in tensors.items() if name not in left_out}, path.name)
         scale = _scale_of_diffusers(metadata, path.name)
         pairs = {module: _pair(module, part, scale, path.name) for module, part in parts.items()}
         rank = max(down.shape[0] for down, _ in pairs.values())
@@ -110,6 +118,14 @@ def _split(key: str) -> tuple[str, str] | None:
                 return None if module is None else (module, role)
             return (stem.removeprefix(DIFFUSERS), role) if stem.startswith(DIFFUSERS) else None
     return None
+
+
+def _is_of_connectors(key: str) -> bool:
+    """Whether a key belongs to the networks between the text encoder and the transformer, in the makers' spelling or diffusers'."""
+    if not key.endswith(tuple(_SUFFIXES)):
+        return False
+    stem = key.removeprefix(ORIGINAL)
+    return stem.startswith((keys.PROJECTION_PREFIX, *keys.CONNECTOR_PREFIXES, "connectors."))
 
 
 def _by_module(tensors: Mapping[str, Tensor], where: str) -> dict[str, dict[str, Tensor]]:

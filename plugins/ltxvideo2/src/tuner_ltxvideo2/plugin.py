@@ -9,6 +9,7 @@ from tuner.config.options import Options
 from tuner.errors import DataError, TunerError
 from tuner.hookspecs import hookimpl
 from tuner_ltxvideo2.options import LTX2Options
+from tuner_ltxvideo2.variants import FLAVOURS
 
 if TYPE_CHECKING:
     from tuner.data.manifest import Manifest
@@ -30,6 +31,7 @@ def tuner_register_families() -> list[Component]:
             options=LTX2Options,
             factory="tuner_ltxvideo2.family:LTX2Family",
             source=_UPSTREAM,
+            flavours=tuple((name, flavour.note) for name, flavour in FLAVOURS.items()),
         )
     ]
 

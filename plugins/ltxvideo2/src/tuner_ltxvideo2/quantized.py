@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tuner.errors import CheckpointError
 from tuner.interfaces.services import TensorHeader
-from tuner_ltxvideo2.stored import StoredFile, StoredTensor, named, read_bytes
+from tuner.model.stored import StoredFile, StoredTensor, named, read_bytes
 
 PLAIN: Final = frozenset({"BF16", "F16", "F32", "F64"})
 EIGHT_BITS: Final = frozenset({"F8_E4M3", "F8_E5M2"})

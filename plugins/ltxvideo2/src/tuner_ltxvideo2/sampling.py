@@ -1,7 +1,8 @@
 """From noise to latents: Euler steps along the flow, guided on the predicted clean latents of both streams.
 
 Special here: picture and sound run through one schedule; guidance costs one forward pass over a batch of two, prompt and negative
-prompt; the noise is drawn on the CPU in diffusers' order, so that a seed gives the same clip there and here on every device.
+prompt; the noise is drawn on the CPU in diffusers' order, so that a seed gives the same clip there and here on every device. What is
+given - the first frame, the whole sound - is at timestep 0 in every step and comes out bit for bit as it went in.
 
 Dimensions: S tokens of one stream, C latent channels, T text tokens, D channels.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuner.errors import ConfigError
-from tuner.interfaces.encoders import AudioClip, LatentEncoder, VideoClip
+from tuner.interfaces.encoders import AudioClip, LatentEncoder, Record, VideoClip
 from tuner.interfaces.family import (
     Batch,
     Generated,
@@ -69,11 +70,13 @@ def check_request(request: SampleRequest, geometry: Geometry) -> None:
             f"must be 1 + a multiple of {geometry.frame_step}", where="validation_num_video_frames", value=request.frames,
             remedy=f"use {geometry.snap_frames(request.frames)}",
         )
-
-
-def is_guided(request: SampleRequest) -> bool:
-    """Whether any stream's guidance needs the negative prompt."""
-    return max(request.guidance, request.audio_guidance or 0.0) > 1
+    if request.first_frame is not None and request.frames == 1:
+        raise ConfigError(
+            "a clip of one frame whose first frame is given has nothing left to generate", where="validation_num_video_frames",
+            value=request.frames, remedy=f"use {1 + geometry.frame_step} or more",
+        )  # fmt: skip
+    if request.given_sound is not None and not request.sound:
+        raise ConfigError("sound is given, and none is wanted", where="sound", value=request.sound)
 
 
 def grids_for(request: SampleRequest, streams: Sequence[str]) -> dict[str, Grid]:
@@ -84,6 +87,62 @@ def grids_for(request: SampleRequest, streams: Sequence[str]) -> dict[str, Grid]
     if "audio" in streams and (request.sound or not grids):
         grids["audio"] = (audio_length(request.frames, request.frame_rate), 1, 1)
     return grids
+
+
+def given_tokens(request: SampleRequest, streams: Sequence[str]) -> dict[str, Tensor]:
+    """Stream -> (1, K, C) fp32 clean tokens, the first K of the stream's: those of the first frame, and all of the sound.
+
+    Raises `ConfigError` for a stream that is not generated, and for records of another size.
+    """
+    grids, found = grids_for(request, streams), {}
+    if request.first_frame is not None:
+        latents, (_, height, width) = _latents(request.first_frame, "first_frame", "video", grids), grids["video"]
+        if latents.ndim != 4 or latents.shape[-2:] != (height, width):
+            raise ConfigError(
+                "the first frame is of another size than the clip", where="first_frame", value=tuple(latents.shape),
+                remedy=f"encode it at {request.width}x{request.height}",
+            )  # fmt: skip
+        found["video"] = pack_video(latents[None, :, :1]).float().contiguous()
+    if request.given_sound is not None:
+        latents, length = _latents(request.given_sound, "given_sound", "audio", grids), grids["audio"][0]
+        if list(grids) == ["audio"]:
+            raise ConfigError("the sound is all that would be generated, and it is given", where="given_sound", value=sorted(grids))
+        if latents.shape[0] < length:
+            raise ConfigError(
+                f"the sound is shorter than the clip, which takes {length} latents of it", where="given_sound", value=latents.shape[0],
+                remedy="ask for fewer frames",
+            )  # fmt: skip
+        found["audio"] = latents[None, :length].float()
+    return found
+
+
+def _latents(record: Record, name: str, stream: str, grids: Mapping[str, Grid]) -> Tensor:
+    if stream not in grids:
+        raise ConfigError(f"{stream} is not generated, so none of it can be given", where=name, value=sorted(grids))
+    if "latents" not in record.tensors:
+        raise ConfigError(f"is no record of this family's encoder of {stream}", where=name, value=sorted(record.tensors))
+    return record.tensors["latents"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a clip begins: pure noise, and what is given."""
+
+    grids: Mapping[str, Grid]
+    noise: Mapping[str, Tensor]
+    """Stream -> (1, S, C) fp32 on the CPU."""
+    given: Mapping[str, Tensor]
+    """Stream -> (1, K, C) fp32: its first K tokens, clean."""
+
+    @staticmethod
+    def of(request: SampleRequest, streams: Sequence[str], given: Mapping[str, Tensor]) -> Start:
+        """What is given takes the place of its noise; the rest of the noise is as without it."""
+        grids = grids_for(request, streams)
+        return Start(grids, initial_noise(request.seed, grids), given)
+
+    def whole(self, stream: str) -> bool:
+        """Whether the stream is given from beginning to end."""
+        return stream in self.given and self.given[stream].shape[1] == self.noise[stream].shape[1]
 
 
 def schedule(steps: int, tokens: int, shift: TokenShift, *, distilled: bool = False) -> Tensor:
@@ -116,20 +175,22 @@ def initial_noise(seed: int, grids: Mapping[str, Grid]) -> dict[str, Tensor]:
     return noise
 
 
-def encode_prompts(encoder: LatentEncoder, requests: Sequence[SampleRequest], device: torch.device) -> list[Prompt]:
-    """The prompts of all requests, each different text encoded once; the encoder is gone from `device` afterwards."""
-    texts = dict.fromkeys(text for request in requests for text in _texts(request))
-    try:
-        encoder.load(device)
-        encoded = {text: encoder.encode([text])[0].tensors for text in texts}
-    finally:
-        encoder.unload()
+def encode_prompts(make_encoder: Callable[[], LatentEncoder], requests: Sequence[SampleRequest], device: torch.device) -> list[Prompt]:
+    """The prompts of all requests. Text that the requests do not bring is encoded, each once; the encoder is gone from `device` afterwards.
+
+    Where they bring all of it, no encoder is made.
+    """
+    encoded = {text: record.tensors for request in requests for text, record in request.text.items()}
+    missing = [text for text in dict.fromkeys(text for request in requests for text in request.texts) if text not in encoded]
+    if missing:
+        encoder = make_encoder()
+        try:
+            encoder.load(device)
+            encoded |= {text: encoder.encode([text])[0].tensors for text in missing}
+        finally:
+            encoder.unload()
     batched = {text: {name: tensor[None] for name, tensor in tensors.items()} for text, tensors in encoded.items()}
-    return [Prompt(*(batched[text] for text in _texts(request))) for request in requests]
-
-
-def _texts(request: SampleRequest) -> tuple[str, ...]:
-    return (request.prompt, request.negative_prompt) if is_guided(request) else (request.prompt,)
+    return [Prompt(*(batched[text] for text in request.texts)) for request in requests]
 
 
 @torch.no_grad()
@@ -137,8 +198,7 @@ def denoise(
     predict: Predict,
     request: SampleRequest,
     prompt: Prompt,
-    noise: Mapping[str, Tensor],
-    grids: Mapping[str, Grid],
+    start: Start,
     shift: TokenShift,
     device: torch.device,
     *,
@@ -148,30 +208,39 @@ def denoise(
 
     `predict` is one forward pass over a batch of one, or of two (prompt, negative prompt) with guidance.
     """
-    latents = {name: values.to(device) for name, values in noise.items()}
+    given = {name: tokens.to(device) for name, tokens in start.given.items()}
+    latents = {name: _with_given(values.to(device), given.get(name)) for name, values in start.noise.items()}
     leading = next(iter(latents.values()))
     sigmas = schedule(request.steps, leading.shape[1], shift, distilled=distilled).tolist()
     sides = [prompt.positive] if prompt.negative is None else [prompt.positive, prompt.negative]
     text = {name: torch.cat([side[name] for side in sides]).to(device) for name in latents}
     scales = {"video": request.guidance, "audio": request.audio_guidance or request.guidance}
     for sigma, following in pairwise(sigmas):
-        velocity = predict(*_inputs(latents, text, sigma, grids, request.frame_rate, len(sides))).streams
+        velocity = predict(*_inputs(latents, text, sigma, start, request.frame_rate, len(sides))).streams
         for name, values in latents.items():
             clean = _guided(values - sigma * velocity[name].float(), scales[name])
-            latents[name] = values + (following - sigma) * (values - clean) / sigma
+            latents[name] = _with_given(values + (following - sigma) * (values - clean) / sigma, given.get(name))
     return latents
 
 
+def _with_given(values: Tensor, given: Tensor | None) -> Tensor:
+    """(1, S, C) with the first K tokens as they are given."""
+    return values if given is None else torch.cat([given, values[:, given.shape[1] :]], dim=1)
+
+
 def _inputs(
-    latents: Mapping[str, Tensor], text: Mapping[str, Tensor], sigma: float, grids: Mapping[str, Grid], rate: float, count: int
+    latents: Mapping[str, Tensor], text: Mapping[str, Tensor], sigma: float, start: Start, rate: float, count: int
 ) -> tuple[Batch, Noise]:
     """The same latents `count` times, with as many prompts. There is no target to learn: target and noise are the latents."""
     streams: dict[str, StreamBatch] = {}
     noises: dict[str, StreamNoise] = {}
     for name, values in latents.items():
         repeated = values.expand(count, *values.shape[1:])
-        streams[name] = StreamBatch(repeated, grids[name])
-        level = torch.full((count,), sigma, device=values.device)
+        whole, conditioned = start.whole(name), None
+        if name in start.given and not whole:
+            conditioned = (torch.arange(values.shape[1], device=values.device) < start.given[name].shape[1]).expand(count, -1)
+        streams[name] = StreamBatch(repeated, start.grids[name], conditioned=conditioned, clean=whole)
+        level = torch.full((count,), 0.0 if whole else sigma, device=values.device)
         noises[name] = StreamNoise(level, repeated, target=repeated, noise=repeated)
     return Batch((), streams, text, (rate,) * count), Noise(noises)
 

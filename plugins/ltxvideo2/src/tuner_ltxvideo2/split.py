@@ -14,9 +14,9 @@ from typing import ClassVar, Final
 
 from tuner.errors import CheckpointError
 from tuner.interfaces.services import Loader, WeightSource
+from tuner.model.stored import StoredFile, StoredTensor, read_header
 from tuner_ltxvideo2.keys import DIFFUSION_DECODER, PROJECTION_PREFIX
 from tuner_ltxvideo2.loading import TOKENIZER_KEY, StoredWeights, check_complete, is_transformer_file, place_files
-from tuner_ltxvideo2.stored import StoredFile, StoredTensor, read_header
 from tuner_ltxvideo2.variants import FAMILY, variant_of
 
 _FOLDERS: Final = ("diffusion_models", "vae", "text_encoders", "text_encoder", "")

@@ -100,7 +100,8 @@ class TextEncoder(LatentEncoder):
         video, audio = self._embed(ids, mask)
         return [
             Record(
-                {"video": video[i].cpu(), "audio": audio[i].cpu()}, {"tokens": str(int(mask[i].sum())), "truncated_tokens": str(dropped[i])}
+                {"video": video[i].to("cpu", copy=True), "audio": audio[i].to("cpu", copy=True)},
+                {"tokens": str(int(mask[i].sum())), "truncated_tokens": str(dropped[i])}
             )
             for i in range(len(captions))
         ]

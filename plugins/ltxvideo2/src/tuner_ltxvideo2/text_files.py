@@ -26,8 +26,8 @@ from transformers import (
 
 from tuner.errors import CheckpointError
 from tuner.interfaces.family import Variant
+from tuner.model.stored import read_bytes, read_header
 from tuner_ltxvideo2.loading import TOKENIZER_KEY
-from tuner_ltxvideo2.stored import read_bytes, read_header
 
 GemmaConfig: TypeAlias = Gemma3TextConfig | Gemma4UnifiedTextConfig
 GemmaModel: TypeAlias = Gemma3TextModel | Gemma4UnifiedTextModel

@@ -107,6 +107,11 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     return list(blocks)
 
 
+def widths(model: nn.Module) -> dict[str, int]:
+    """Stream -> channels of its tokens, of those that the model was loaded for."""
+    return {side.name: int(side.of(model, "proj_in").out_features) for side in SIDES if hasattr(model, side.prefix + "proj_in")}
+
+
 def text_widths(model: Any, streams: Sequence[str]) -> dict[str, int]:
     """Stream -> channels of the encoded captions that it takes."""
     if model.config.use_prompt_embeddings:

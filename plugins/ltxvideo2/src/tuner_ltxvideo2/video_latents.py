@@ -8,6 +8,7 @@ Dimensions: B clips, C latent channels (128), F H W frames, rows, columns: of pi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 
@@ -23,10 +24,14 @@ from tuner_ltxvideo2.latents import Networks
 from tuner_ltxvideo2.options import LTX2Options
 from tuner_ltxvideo2.vae_chunks import FRAME_STEP, patch_convolutions, roll_encoder
 
+log = logging.getLogger(__name__)
+
 SIZE_STEP: Final = 32
 VERSION: Final = 1
 _TILE: Final = 16
 """Latent rows or columns (512 pixels) of a tile, diffusers' own size; larger pictures are decoded by tiles."""
+_SMALL_TILE: Final = 8
+"""The same where memory is short: a quarter of the area."""
 _SCALED_AT_ONCE: Final = 16
 SAVINGS: Final[Mapping[str, Callable[[Any], None]]] = {
     "vae_enable_slicing": lambda vae: vae.enable_slicing(),
@@ -115,11 +120,30 @@ class VideoDecoder(Networks):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, frame_rate: float = 25.0) -> VideoClip:
-        """(1, C, F, H, W) normalised -> clip of 8(F - 1) + 1 frames, 32H x 32W pixels, on the CPU."""
-        vae = self._network("vae")
-        if max(latents.shape[-2:]) > _TILE:
-            height, width = (SIZE_STEP * tile_stride(size) for size in latents.shape[-2:])
-            vae.enable_tiling(tile_sample_stride_height=height, tile_sample_stride_width=width)
+        """(1, C, F, H, W) normalised -> clip of 8(F - 1) + 1 frames, 32H x 32W pixels, on the CPU.
+
+        Where memory runs out it goes on with chunked convolutions, which give the same clip, then with smaller tiles, and says so.
+        """
+        vae, height, width = self._network("vae"), *latents.shape[-2:]
+        if max(height, width) > _TILE:
+            _tile(vae, _TILE, tile_stride(height), tile_stride(width))
+        ways: list[tuple[str, Callable[[], None]]] = []
+        if not self._options.vae_enable_patch_conv:
+            ways.append(("with chunked convolutions", lambda: patch_convolutions(vae.decoder)))
+        if max(height, width) > _SMALL_TILE:
+            ways.append(("by smaller tiles", lambda: _tile(vae, _SMALL_TILE, small_stride(height), small_stride(width))))
+        for said, spare in ways:
+            try:
+                return self._decoded(vae, latents, frame_rate)
+            except torch.OutOfMemoryError:
+                log.warning("not enough device memory to decode a clip of %dx%d; it is decoded %s", 32 * width, 32 * height, said)
+            # Here the exception is gone, and with it the tensors that its traceback kept alive.
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            spare()
+        return self._decoded(vae, latents, frame_rate)
+
+    def _decoded(self, vae: Any, latents: Tensor, frame_rate: float) -> VideoClip:
         raw = denormalise(vae, latents.to(self._device)).to(self._dtype)
         pictures = vae.decode(raw, return_dict=False)[0][0].permute(1, 2, 3, 0).float()
         return VideoClip(((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu(), frame_rate)
@@ -142,6 +166,17 @@ def scaled(clips: Sequence[VideoClip], dtype: torch.dtype, device: torch.device)
             pixels = clip.frames[start : start + _SCALED_AT_ONCE].to(device).to(torch.float32)
             result[index, :, start : start + _SCALED_AT_ONCE] = pixels.div_(127.5).sub_(1.0).permute(3, 0, 1, 2)
     return result
+
+
+def _tile(vae: Any, latents: int, down: int, across: int) -> None:
+    """From now on the decoder works on squares of so many latents a side, so many latents apart."""
+    side, height, width = (SIZE_STEP * count for count in (latents, down, across))
+    vae.enable_tiling(side, side, tile_sample_stride_height=height, tile_sample_stride_width=width)
+
+
+def small_stride(size: int) -> int:
+    """The same as `tile_stride` for `_SMALL_TILE`."""
+    return next(stride for stride in (6, 5, 7) if size % stride != 1)
 
 
 def tile_stride(size: int) -> int:

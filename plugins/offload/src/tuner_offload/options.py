@@ -13,12 +13,19 @@ class GroupOffloadOptions(Options):
     title: ClassVar[str] = "Group offload"
     changes_numbers: ClassVar[bool] = False
 
-    enable_group_offload: bool = option(False, help="Keep the transformer's frozen weights in host memory and bring them group by group.")
+    enable_group_offload: bool = option(
+        False, help="Keep the transformer's frozen weights in host memory and bring them group by group.",
+        ask="Keep the frozen weights in host memory and bring them to the GPU group by group?",
+        effect="The least GPU memory of all: two blocks lie there at a time. Host memory must hold the weights, and a step may take longer.",
+    )
     group_offload_type: Literal["block_level", "leaf_level"] = option(
         "block_level", help="Unit of a group: consecutive blocks, or single layers."
     )
     group_offload_blocks_per_group: int = option(1, help="How many blocks make a group, with `block_level`.", ge=1)
-    group_offload_use_stream: bool = option(False, help="Copy the next group beside the computation; takes memory for one group more.")
+    group_offload_use_stream: bool = option(
+        False, help="Copy the next group beside the computation; takes memory for one group more.", suggest=True,
+        ask="Copy the next group while the present one is computed?", effect="Faster, for the memory of one group more.",
+    )
     group_offload_to_disk_path: str = option(
         "", help="Keep the groups in files in this folder in place of host memory.", metavar="FOLDER"
     )
@@ -36,7 +43,9 @@ class BlockSwapOptions(Options):
     changes_numbers: ClassVar[bool] = False
 
     musubi_blocks_to_swap: int = option(
-        0, help="How many of the transformer's blocks are kept in host memory; 0 for none.", unit="blocks", ge=0
+        0, help="How many of the transformer's blocks are kept in host memory; 0 for none.", unit="blocks", ge=0,
+        ask="Of the transformer's blocks, how many are kept in host memory?",
+        effect="Each leaves the memory of one block on the GPU, and costs time to bring; at least one block stays there.",
     )
     musubi_block_swap_device: str = option("cpu", help="Where those blocks are kept; the host (`cpu`) is the only place.")
 
@@ -50,7 +59,10 @@ class RamTorchOptions(Options):
     title: ClassVar[str] = "RamTorch"
     changes_numbers: ClassVar[bool] = False
 
-    ramtorch: bool = option(False, help="Keep the transformer's linear layers in host memory and bring them one by one.")
+    ramtorch: bool = option(
+        False, help="Keep the transformer's linear layers in host memory and bring them one by one.",
+        ask="Keep single linear layers in host memory?", effect="Finer than whole blocks; which layers, `ramtorch_target_modules` says.",
+    )
     ramtorch_text_encoder: bool = option(False, help="The same for the text encoder.")
     ramtorch_vae: bool = option(False, help="The same for the VAE, convolutions included.")
     ramtorch_target_modules: list[str] | str | None = option(

@@ -111,8 +111,14 @@ def preview(repository: Repository, files: Iterable[str], folder: Path) -> tuple
             _write_header(repository, file, target)
         else:
             target.touch()
+    return root, pending(repository, wanted)
+
+
+def pending(repository: Repository, files: Iterable[str]) -> str:
+    """Those of the files that `fetch` would have to download, in words; empty: none."""
+    absent = [file for file in files if _held(repository, file) is None]
     size = sum(repository.files.get(file, 0) for file in absent)
-    return root, f"{size / 1e9:.1f} GB in {len(absent)} files from {repository.name}@{repository.commit}"
+    return f"{size / 1e9:.1f} GB in {len(absent)} files from {repository.name}@{repository.commit}" if absent else ""
 
 
 # --- asking ------------------------------------------------------------------------------------------------------
