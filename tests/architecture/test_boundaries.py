@@ -107,7 +107,8 @@ def test_the_command_line_path_imports_no_heavy_library_at_the_top(path):
 
 
 def test_broad_excepts_stand_only_where_plugins_load_and_events_are_dispatched():
-    """And at the outermost border of the command line, which shows a bug in full, where a thread hands its error to another, and around the page about a run."""
+    """And at the outermost border of the command line, which shows a bug in full; where a thread hands its error to another; around the
+    page about a run."""
     names = (
         "plugins/loader.py", "plugins/registry.py", "plugins/report.py", "cli/main.py", "data/prefetch.py", "train/trackers.py",
         "train/health.py", "train/recorder.py",

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def test_leaving_in_between_leaves_nothing_behind(key: str) -> None:
     with typing() as terminal:
         terminal.answer("Enter for none ", "")
         terminal.wait_for("Which family")
+        time.sleep(0.5)  # between prompt and reading the key would be heard by nobody
         terminal.type(key)
         terminal.wait_for("nothing was written")
         assert terminal.end() == 130

@@ -48,6 +48,11 @@ ONLY_COMPILED = {"LTX2Pipeline.from_pretrained(": "needs the hub; test_lora_in_d
 """Python snippets, by a text that occurs in them, and why they are not run."""
 SMALL = ("--model_flavour", "tiny", "--mixed_precision", "no", "--resolution", "64", "--max_train_steps", "1")
 """Behind every command that reads the configuration, on pages that speak of the real model."""
+SMALL_SAMPLES = {
+    "TUNER_VALIDATION_RESOLUTION": "64x64", "TUNER_VALIDATION_NUM_VIDEO_FRAMES": "9", "TUNER_VALIDATION_NUM_INFERENCE_STEPS": "1",
+    "TUNER_VALIDATION_GUIDANCE": "1",
+}  # fmt: skip
+"""Variables for these pages."""
 INTERRUPTED_AFTER = 12
 """Steps before Ctrl-C."""
 
@@ -197,6 +202,8 @@ def test_every_snippet_runs(page: str, tmp_path: Path, capsys: pytest.CaptureFix
     if page != TUTORIAL and found:
         for name in ("cat", "dog"):
             add_clip(tmp_path / "my_clips", name, frames=9)
+        for key, value in SMALL_SAMPLES.items():
+            monkeypatch.setenv(key, value)
     reader = Reader(page, capsys, monkeypatch)
     for snippet in found:
         reader.follow(snippet)

@@ -83,7 +83,8 @@ def _whole(path: Path, layout: str) -> Iterator[OutputContainer]:
 
 def _write_streams(container: OutputContainer, video: VideoClip, sound: AudioClip | None) -> None:
     rate = Fraction(video.frame_rate).limit_denominator(1001)
-    picture = container.add_stream("libx264", rate=rate, options={"crf": "16"})
+    # Without mbtree, with which x264 (165, PyAV 18.1) now and then writes other bytes for the same pictures.
+    picture = container.add_stream("libx264", rate=rate, options={"crf": "16", "x264-params": "mbtree=0"})
     picture.height, picture.width, picture.pix_fmt = video.frames.shape[1], video.frames.shape[2], "yuv420p"
     picture.codec_context.colorspace, picture.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
     layout = "mono" if sound and sound.samples.shape[0] == 1 else "stereo"

@@ -16,7 +16,7 @@ class GroupOffloadOptions(Options):
     enable_group_offload: bool = option(
         False, help="Keep the transformer's frozen weights in host memory and bring them group by group.",
         ask="Keep the frozen weights in host memory and bring them to the GPU group by group?",
-        effect="The least GPU memory of all: two blocks lie there at a time. Host memory must hold the weights, and a step may take longer.",
+        effect="The least GPU memory: two blocks lie there at a time. Host memory must hold the weights, and a step may take longer.",
     )
     group_offload_type: Literal["block_level", "leaf_level"] = option(
         "block_level", help="Unit of a group: consecutive blocks, or single layers."
