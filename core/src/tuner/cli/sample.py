@@ -31,7 +31,7 @@ command = configured_command(
     run,
     [
         click.Option(["--prompt"], default="", help="What to generate; validation_prompt when empty."),
-        click.Option(["--lora"], metavar="FILE", help="An adapter of any known layout: a file, a checkpoint or run folder, OWNER/NAME:FILE."),
+        click.Option(["--lora"], metavar="FILE", help="An adapter in any known layout: a file, checkpoint or run folder, OWNER/NAME:FILE."),
         click.Option(
             ["--weights"], metavar="FILE", help="Weights of a full fine-tuning, as its run folder holds them, in place of the base model's."
         ),
