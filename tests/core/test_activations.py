@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from core.mixing import Mixing, item
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.interfaces.blocks import BlockState
-from tuner.interfaces.family import Batch, Noise, Prediction, Sample, StreamBatch, StreamNoise
 from tuner.model.runner import BlockRunner
 from tuner.testing.blocks import MixingModel, call_mixing_block
 from tuner.train.activations import ActivationBudget, corrected, keep_last
 from tuner.train.execute import PlainExecution
 from tuner.train.masters import MasterWeights
-from tuner.train.step import Item, TrainingModel
+from tuner.train.step import TrainingModel
 
 DEPTH = 6
 BLOCK = 100
@@ -34,24 +34,6 @@ def test_a_correction_takes_all_back_that_is_over_and_half_of_what_is_left(kept:
     assert after <= budget or now == 0
     if peak <= budget:
         assert now >= kept and (now - kept) * block <= (budget - peak) / 2
-
-
-class Mixing:
-    """The seam of a family, over `MixingModel`; `full_after` blocks whose activations are kept the device is full."""
-
-    def __init__(self) -> None:
-        self.full_after = 99
-        self.called = 0
-
-    def enter(self, model: nn.Module, batch: Batch, noise: Noise) -> BlockState:
-        self.called = 0
-        video = noise.streams["video"]
-        assert isinstance(model, MixingModel)
-        return model.enter(video.noisy, None, batch.text["video"], video.sigma[:, None].expand(-1, video.noisy.shape[1]))
-
-    def exit(self, model: nn.Module, state: BlockState) -> Prediction:
-        assert isinstance(model, MixingModel)
-        return Prediction(model.exit(state))
 
 
 class Bench:
@@ -84,17 +66,9 @@ class Bench:
         return found
 
 
-def item(number: int, frames: int) -> Item:
-    draw = torch.Generator().manual_seed(number)
-    noisy, target, text = (torch.randn(2, 5, 6, generator=draw) for _ in range(3))
-    samples = tuple(Sample(str(i), "made", i, 0, 25.0, frames, 32, 32, {}) for i in range(2))
-    video = StreamNoise(torch.rand(2, generator=draw), noisy, target, target)
-    return Item(Batch(samples, {"video": StreamBatch(noisy, (1, 1, 5))}, {"video": text}, (25.0, 25.0)), Noise({"video": video}))
-
-
 def test_the_first_steps_correct_the_forecast_once() -> None:
     bench = Bench(kept=2, budget=1000)
-    bench.peaks = [300, 500, 520]
+    bench.peaks = [5000, 300, 5000, 500, 5000, 520]  # what was held before a step does not count
     bench.step(0, frames=1)
     bench.step(1)
     assert bench.execution.kept == 2  # one step of the largest shape is not enough
@@ -106,7 +80,7 @@ def test_the_first_steps_correct_the_forecast_once() -> None:
 
 def test_what_is_over_is_taken_back_at_once() -> None:
     bench = Bench(kept=5, budget=1000)
-    bench.peaks = [1250]
+    bench.peaks = [0, 1250]
     bench.step(0, frames=1)
     assert bench.execution.kept == 2
 
@@ -114,7 +88,7 @@ def test_what_is_over_is_taken_back_at_once() -> None:
 @pytest.mark.parametrize("full_after", [DEPTH + 2, 3], ids=["on the way back", "on the way there"])
 def test_a_step_that_does_not_fit_is_carried_out_with_every_block_recomputed(full_after: int) -> None:
     plain, bench = Bench(kept=0), Bench(kept=3)
-    plain.peaks, bench.peaks = [0, 0], [0]
+    plain.peaks, bench.peaks = [0] * 4, [0]
     bench.family.full_after = full_after
     expected = plain.step(0)
     assert all(torch.equal(a, b) for a, b in zip(bench.step(0), expected, strict=True))  # dropout's draws are those of the step, too
@@ -125,6 +99,7 @@ def test_a_step_that_does_not_fit_is_carried_out_with_every_block_recomputed(ful
 
 def test_a_step_that_does_not_fit_anyhow_is_an_error() -> None:
     bench = Bench(kept=0)
+    bench.peaks = [0]
     bench.execution.inner = Full(bench.execution.training, bench.masters)
     with pytest.raises(torch.OutOfMemoryError):
         bench.step(0)

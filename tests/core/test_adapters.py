@@ -18,9 +18,9 @@ from tuner.model.adapters import (
     adapter_alpha,
     adapter_state,
     add_adapters,
-    disable_adapters,
     load_adapter_state,
     resolve_targets,
+    without_adapters,
 )
 
 
@@ -181,7 +181,7 @@ def test_over_quantized_layers_it_is_the_same_plain_adapter(precision: str) -> N
     update = nn.functional.linear(nn.functional.linear(x, adapter.lora_A["default"].weight), adapter.lora_B["default"].weight)
     base = nn.functional.linear(x, dense, adapter.get_base_layer().bias)
     assert torch.equal(adapter(x), base + update * (2.0 / 4))
-    with disable_adapters(model):
+    with without_adapters(model):
         assert torch.equal(adapter(x), base)
     adapter(x).sum().backward()
     assert adapter.lora_A["default"].weight.grad is not None and adapter.get_base_layer().weight.grad is None
@@ -239,7 +239,7 @@ def test_disabled_adapters_leave_the_base_model_and_come_back_as_they_were() -> 
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     x = torch.randn(2, 8)
     before = model(x)
-    with pytest.raises(RuntimeError, match="inside"), disable_adapters(model):
+    with pytest.raises(RuntimeError, match="inside"), without_adapters(model):
         assert torch.equal(model(x), net()(x))
         raise RuntimeError("inside")
     assert torch.equal(model(x), before)

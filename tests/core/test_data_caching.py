@@ -102,6 +102,18 @@ def test_second_run_loads_nothing_and_a_changed_setting_misses(clips: Path, work
     assert [e.loads for e in encoders] == [0, 1, 0]
 
 
+def test_encoders_of_one_name_and_settings_share_records_only_where_they_are_of_one_class(clips: Path, workers: DecodeWorkers) -> None:
+    """Two families may both have an encoder `video` without settings, and one cache folder."""
+    manifest = find(workers)
+    elsewhere = type(Pictures.__qualname__, (Pictures,), {"__module__": "other_family.latents", "__qualname__": Pictures.__qualname__})
+    other = type("Paintings", (Pictures,), {"__module__": Pictures.__module__})
+    moved = type(Pictures.__qualname__, (Pictures,), {"__module__": f"{Pictures.__module__.partition('.')[0]}.moved"})
+    moved.__qualname__ = Pictures.__qualname__
+    assert counts(fill_cache(manifest, [Pictures()], CPU, workers=workers)) == (4, 0, 4, 0)
+    for kind, encoded in ((elsewhere, 4), (other, 4), (moved, 0), (Pictures, 0)):
+        assert counts(fill_cache(manifest, [kind()], CPU, workers=workers)) == (4, 4 - encoded, encoded, 0)
+
+
 def test_a_damaged_entry_is_encoded_anew(clips: Path, workers: DecodeWorkers) -> None:
     manifest = find(workers)
     encoder = Pictures()

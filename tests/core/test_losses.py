@@ -129,16 +129,17 @@ def test_batches_without_a_stream_leave_its_bands_as_they_are(first: bool) -> No
     assert bands.flush() == {"loss/audio": 3.0, "loss/audio/sigma_0.00-0.50": 3.0}
 
 
-def test_totals_of_ranks_add_up_to_those_of_one() -> None:
-    """One rank has sound, the other has not: their totals have one layout, and their sum gives the means over all samples."""
+@pytest.mark.parametrize("main", [0, 1])
+def test_totals_of_ranks_add_up_to_those_of_one(main: int) -> None:
+    """One rank has sound, the other has not: their totals have one layout, and their sum gives the means over all samples on both."""
     ranks, one = [SigmaBands(), SigmaBands()], SigmaBands()
     absent = LossValue("audio", torch.zeros(1), counted=torch.tensor([False]))
     for own, value, noise in zip(ranks, (LossValue("audio", torch.tensor([3.0])), absent), (banded(0.4), Noise({})), strict=True):
         for bands in (own, one):
             bands.add([value, LossValue("extra", torch.tensor([5.0]))], noise)
     summed = ranks[0].totals() + ranks[1].totals()
-    ranks[0].replace(summed)
-    assert ranks[0].flush() == one.flush() == {"loss/audio": 3.0, "loss/audio/sigma_0.25-0.50": 3.0, "loss/extra": 5.0}
+    ranks[main].replace(summed)
+    assert ranks[main].flush() == one.flush() == {"loss/audio": 3.0, "loss/audio/sigma_0.25-0.50": 3.0, "loss/extra": 5.0}
 
 
 def test_bands_leave_out_what_was_never_counted() -> None:

@@ -84,6 +84,7 @@ TARGETS = "peft_lora_target_modules"
 WRONG: dict[str, tuple[list[str], int, list[str]]] = {
     "the run folder is a file": (["--output_dir", "note.txt"], 2, ["output_dir: is a file, no folder", "note.txt", "name a folder"]),
     "a file above the run folder": (["--output_dir", "note.txt/a/b"], 2, ["output_dir: is a file, no folder", "note.txt'"]),
+    "a run folder among the clips": (["--output_dir", "clips/run"], 2, ["output_dir: lies inside the dataset folder", "outside"]),
     "graphs on a CPU": (["--cuda_graphs", "on"], 2, ["cuda_graphs: this run trains on cpu", "set it to auto"]),
     "layers that are not there": ([f"--{TARGETS}", "to_z"], 2, [f"{TARGETS}: matches no module", "'to_z'", "near: "]),
     "pictures of another unit": (
@@ -94,7 +95,7 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
     "a dataset file for the clips": (["--data", "sets.json"], 4, ["data: is a file", "sets.json", "data_backend_config"]),
     "several at once": (
         ["--output_dir", "note.txt", "--cuda_graphs", "on", f"--{TARGETS}", "to_z", "--resolution", "100000"], 2,
-        ["output_dir: ", "cuda_graphs: ", f"{TARGETS}: ", "resolution: "],
+        ["error: 4 problems with this run:\n- ", "- output_dir: ", "- cuda_graphs: ", f"- {TARGETS}: ", "- resolution: "],
     ),
 }  # fmt: skip
 
@@ -128,7 +129,7 @@ def test_regularizers_are_asked_once_and_what_they_say_stands_beside_the_rest(pr
     with pytest.raises(PlanProblems) as caught:
         project.plan(picky=True, picky_twice=True, cuda_graphs="on")
     assert [problem.where for problem in caught.value.problems] == ["cuda_graphs", "picky", "picky_twice"]
-    assert "picky: cannot be pleased\n  -> leave it off\npicky_twice: nor twice" in str(caught.value)
+    assert "\n- picky: cannot be pleased\n    -> leave it off\n- picky_twice: nor twice" in str(caught.value)
     assert len(SEEN) == 1 and caught.value.exit_code == 2
 
 
@@ -162,6 +163,22 @@ def test_they_are_shown_what_is_trained(project: TinyProject) -> None:
 def test_they_are_shown_the_blocks_that_adapters_go_into(targets: object, blocks: tuple[int, ...], project: TinyProject) -> None:
     assert facts(project, **{TARGETS: targets}).trained_blocks == blocks
     assert facts(project, model_type="full", **{TARGETS: targets}).trained_blocks == (0, 1, 2, 3)
+
+
+def test_keys_of_what_is_off_are_named(project: TinyProject) -> None:
+    (notice,) = [notice for notice in project.plan(picky_twice=True).notices if "picky" in notice]
+    assert notice == "picky_twice: no effect, since PickyOptions is off (picky)"
+    assert not any("picky" in notice for notice in project.plan(picky_twice=False).notices)
+    with pytest.raises(ConfigError, match=r"strict is on and .*\n +picky_twice: no effect"):
+        project.plan(picky_twice=True, strict=True)
+
+
+def test_a_run_folder_that_cannot_be_written(project: TinyProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The super-user, as whom tests may run, can write everywhere: the answer of the system is put in.
+    monkeypatch.setattr("tuner.train.rules.os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(PlanProblems, match=r"output_dir .*: cannot be written\n  -> set another output_dir") as caught:
+        project.plan(output_dir=str(tmp_path / "runs" / "first"))
+    assert caught.value.exit_code == 9
 
 
 # --- what is done as asked ---------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -194,3 +196,25 @@ def test_whatever_is_masked_is_strict_json_and_stays_so(value: object) -> None:
 def test_importing_costs_no_torch() -> None:
     code = "import sys, tuner.train.run, tuner.train.lock, tuner.train.signals, tuner.cli.status_line; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_old_heartbeat_never_replaces_a_newer_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that beats again is held up between reading and writing while the run ends."""
+    folder = RunFolder(tmp_path)
+    folder.heartbeat(4, 5, "training")
+    plain, begun, ended = folder._replace, threading.Event(), threading.Event()
+
+    def slow(name: str, content: Mapping[str, object], *, durable: bool = True) -> None:
+        if threading.current_thread() is beating:
+            begun.set()
+            ended.wait(0.2)
+        plain(name, content, durable=durable)
+
+    monkeypatch.setattr(folder, "_replace", slow)
+    beating = threading.Thread(target=folder.beat_again)
+    beating.start()
+    assert begun.wait(10)
+    folder.heartbeat(5, 5, "finished")
+    ended.set()
+    beating.join()
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["state"] == "finished"

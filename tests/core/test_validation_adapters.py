@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 
 from core.hub_stub import refusal
@@ -16,6 +18,7 @@ from tuner.builtins.formats import PeftFormat
 from tuner.config.validation_settings import ValidationSettings
 from tuner.errors import ConfigError, HubError
 from tuner.interfaces.services import AdapterState
+from tuner.model import hub
 from tuner.model.adapters import ADAPTER, adapted_layers
 from tuner.testing.project import TinyProject
 from tuner.train import sample_adapters
@@ -117,41 +120,79 @@ def test_files_and_folders_on_this_disk(project: TinyProject) -> None:
         locate_adapter("elsewhere/soft.safetensors", "key")
 
 
-def test_files_of_the_hub(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+class Hub:
+    """In place of the hub's client: one repository with one adapter, one with two."""
 
-    def download(repository: str, name: str) -> str:
-        asked.append((repository, name))
-        if repository == "ann/gone":
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: list[str] = []
+        self.downloaded: list[str] = []
+
+    def model_info(self, name: str, **_: object) -> SimpleNamespace:
+        validate_repo_id(name)
+        self.asked.append(name)
+        if name == "ann/gone":
             raise refusal(404, RepositoryNotFoundError)
-        if name == "gone.safetensors":
-            raise EntryNotFoundError("404")
-        return str(project.folder / "soft.safetensors")
+        files = ["README.md", "soft.safetensors"] + (["x/hard.safetensors"] if name == "ann/two" else [])
+        return SimpleNamespace(sha="c0ffee", gated=False, siblings=[SimpleNamespace(rfilename=file, size=9) for file in files])
 
-    class Api:
-        def list_repo_files(self, repository: str) -> list[str]:
-            return ["README.md", "one.safetensors"] + (["two.safetensors"] if repository == "ann/two" else [])
+    def download(self, repository: str, file: str, revision: str) -> str:
+        assert revision == "c0ffee"
+        self.downloaded.append(f"{repository}:{file}")
+        return str(self.folder / file)
 
-    monkeypatch.setattr(sample_adapters, "hf_hub_download", download)
-    monkeypatch.setattr(sample_adapters, "HfApi", Api)
-    monkeypatch.setattr(sample_adapters, "try_to_load_from_cache", lambda *_: None)
-    assert locate_adapter("ann/lora:x/soft.safetensors", "key") == project.folder / "soft.safetensors"
+
+@pytest.fixture
+def remote(project: TinyProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    found = Hub(project.folder)
+    monkeypatch.setattr(hub, "HfApi", lambda: found)
+    monkeypatch.setattr(hub, "hf_hub_download", found.download)
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return found
+
+
+def test_files_of_the_hub(project: TinyProject, remote: Hub) -> None:
+    assert locate_adapter("ann/two:x/hard.safetensors", "key") == project.folder / "x" / "hard.safetensors"
     assert locate_adapter("ann/one", "key") == project.folder / "soft.safetensors"
-    assert asked == [("ann/lora", "x/soft.safetensors"), ("ann/one", "one.safetensors")]
-    assert locate_adapter("ann/lora:soft.safetensors", "key", preview=True) is None and len(asked) == 2, "a preview downloads nothing"
-    with pytest.raises(ConfigError, match=r"(?s)2 .safetensors files.*ann/two:FILE with one of: one.safetensors, two.safetensors"):
+    assert remote.downloaded == ["ann/two:x/hard.safetensors", "ann/one:soft.safetensors"]
+    assert locate_adapter("ann/two:soft.safetensors", "key", preview=True) is None and len(remote.downloaded) == 2
+    with pytest.raises(ConfigError, match=r"(?s)2 .safetensors files.*ann/two:FILE with one of: soft.safetensors, x/hard.safetensors"):
         locate_adapter("ann/two", "key")
-    with pytest.raises(HubError, match=r"key: ann/lora: the repository has no such file.*gone.safetensors"):
-        locate_adapter("ann/lora:gone.safetensors", "key")
-    with pytest.raises(HubError, match="no such repository"):
+    with pytest.raises(HubError, match=r"(?s)key: ann/one: the repository has no such file.*gone.safetensors.*one of: soft.safetensors"):
+        locate_adapter("ann/one:gone.safetensors", "key")
+    with pytest.raises(HubError, match="key: ann/gone: there is no such repository"):
         locate_adapter("ann/gone:a.safetensors", "key")
+    with pytest.raises(HubError, match=r"key: ann/\.\.a: is no name of a repository"):
+        locate_adapter("ann/..a:a.safetensors", "key")
 
 
-def test_a_plan_that_is_only_looked_at_names_the_download(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_adapters, "try_to_load_from_cache", lambda *_: None)
+def test_without_a_network_the_cache_answers(project: TinyProject, remote: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(remote, "model_info", unreachable)
+    with pytest.raises(HubError, match="key: ann/one: the hub cannot be reached"):
+        locate_adapter("ann/one", "key")
+    known = hub.Repository("ann/one", "c0ffee", {"soft.safetensors": 9}, snapshot=project.folder)
+    monkeypatch.setattr(hub, "_cached", lambda *_: known)
+    assert locate_adapter("ann/one", "key") == project.folder / "soft.safetensors" and not remote.downloaded
+    with pytest.raises(HubError, match=r"(?s)the hub cannot be reached, and the file is not in its cache.*gone.safetensors"):
+        locate_adapter("ann/one:gone.safetensors", "key")
+
+
+def test_a_plan_that_is_only_looked_at_names_the_download(project: TinyProject, remote: Hub) -> None:
     plan = project.plan(**SMALL)
-    problems, downloads = sample_adapters.check_runs(plan, runs(validation_adapter_path="ann/lora:soft.safetensors"), preview=True)
-    assert problems == [] and downloads == ["adapter ann/lora:soft.safetensors"]
+    checked = sample_adapters.check_runs(plan, runs(validation_adapter_path="ann/two:soft.safetensors"), preview=True)
+    assert checked.problems == () and checked.downloads == ("adapter ann/two:soft.safetensors",) and not remote.downloaded
+
+
+def test_the_hub_is_asked_while_planning_and_not_for_each_sample(project: TinyProject, remote: Hub) -> None:
+    run = project.trial(peft_lora_target_modules=["to_q"])
+    (checked,) = sample_adapters.check_runs(project.plan(), runs(validation_adapter_path="ann/one"), preview=False).runs
+    with sample_adapters.beside(run.assembly.training.model, project.registry, checked, CPU):
+        pass
+    assert remote.asked == ["ann/one"] and checked.uses[0].place == project.folder / "soft.safetensors"
 
 
 # --- what it does ------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from tuner.testing.clips import write_clip
 from tuner.testing.family import TinyFamily
 from tuner.testing.project import TinyProject
 from tuner.train import validation
+from tuner.train.execute import PlainExecution
+from tuner.train.run import RunFolder
 from tuner.train.session import Outcome, Silence
 from tuner.train.session import train as session_train
 from tuner_offload import plugin as offload
@@ -129,6 +131,20 @@ def test_samples_are_those_of_the_model_as_it_is_at_that_step(project: TinyProje
     assert slow["step_1"] != fast["step_1"]
 
 
+def test_the_heartbeat_tells_when_training_goes_on(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only with the next numbers, which on a GPU come after ten steps."""
+    beats: list[tuple[int, str]] = []
+
+    def heard(self: RunFolder, step: int, total: int, state: str, facts: Mapping[str, object] | None = None) -> None:
+        beats.append((step, state))
+
+    monkeypatch.setattr(RunFolder, "heartbeat", heard)
+    project.train(**SMALL, output_dir="beating", max_train_steps=2, checkpoint_step_interval=1)
+    for state, steps in (("validating", [0]), ("saving", [1, 2])):
+        places = [index for index, beat in enumerate(beats) if beat[1] == state and beat[0] in steps]
+        assert [beats[place + 1] for place in places[: len(steps)]] == [(step, "training") for step in steps]
+
+
 # --- failures ----------------------------------------------------------------------------------------------------
 def test_a_sample_that_fails_is_reported_and_training_goes_on(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, count = TinyFamily._generate, iter(range(100))
@@ -150,6 +166,21 @@ def test_a_sample_that_fails_is_reported_and_training_goes_on(project: TinyProje
     assert [row["step"] for row in events(project, "sample", out="unsteady")] == [2]
     project.train(output_dir="steady", max_train_steps=2, musubi_blocks_to_swap=2)
     assert losses(project, "unsteady") == losses(project, "steady")
+
+
+def test_a_sample_that_does_not_fit_beside_graphs_is_made_without_them(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, count, released = TinyFamily._generate, iter(range(100)), [False, True]
+
+    def full_once(self: TinyFamily, *arguments: object) -> Generated:
+        if next(count) in (0, 1):
+            raise torch.OutOfMemoryError("no room")
+        return plain(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TinyFamily, "_generate", full_once)
+    monkeypatch.setattr(PlainExecution, "release", lambda self: released.pop(0))  # graphs themselves need a GPU
+    project.train(**SMALL, output_dir="beside", max_train_steps=1, musubi_blocks_to_swap=2)
+    assert [row["step"] for row in events(project, "sample_failed", out="beside")] == [0], "nothing was held there"
+    assert [row["step"] for row in events(project, "sample", out="beside")] == [1] and released == []
 
 
 def test_held_out_losses_that_fail_are_reported(project: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:

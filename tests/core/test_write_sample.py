@@ -9,7 +9,7 @@ import torch
 
 from tuner.data.media import decode_audio
 from tuner.errors import ConfigError, DiskError, NumericError
-from tuner.interfaces.encoders import AudioClip
+from tuner.interfaces.encoders import AudioClip, VideoClip
 from tuner.interfaces.family import Generated
 from tuner.train.validate import write_sample
 
@@ -41,3 +41,11 @@ def test_what_is_not_finite_is_no_clip(tmp_path: Path) -> None:
 def test_nothing_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither picture nor sound"):
         write_sample(Generated(None, None, {}), tmp_path / "sample.mp4")
+
+
+def test_what_the_encoder_refuses_is_an_error_that_validation_passes_over(tmp_path: Path) -> None:
+    """libx264 takes at most 16384 pixels a side, and FFmpeg's error for that is of no class that Python knows."""
+    wide = VideoClip(torch.zeros(1, 2, 20000, 3, dtype=torch.uint8), 25.0)
+    with pytest.raises(DiskError, match="the clip cannot be written"):
+        write_sample(Generated(wide, None, {}), tmp_path / "wide.mp4")
+    assert not list(tmp_path.iterdir())

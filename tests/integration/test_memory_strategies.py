@@ -47,7 +47,8 @@ STRATEGIES: Mapping[str, Keys] = {
     "RamTorch, names": {"ramtorch": True, "ramtorch_target_modules": "blocks.2.*, *.ff.*"},
 }
 ROUTED: Keys = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}}
-REGULARIZED: Keys = {"brightness_weight": 0.5, "dim_by": 0.25, "shrink_weight": 0.1, **ROUTED}
+ALIGNED: Keys = {"crepa_enabled": True, "crepa_encoder": "tiny", "crepa_encoder_image_size": 56, "crepa_block_index": 1}
+REGULARIZED: Keys = {"brightness_weight": 0.5, "dim_by": 0.25, "shrink_weight": 0.1, **ROUTED, **ALIGNED}
 INT8: Keys = {"base_model_precision": "int8-torchao", **ROUTED}
 KEPT: Keys = {**INT8, "gradient_checkpointing": False}
 ACCUMULATED: Keys = {**INT8, "gradient_accumulation_steps": 2}

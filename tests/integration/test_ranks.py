@@ -70,6 +70,19 @@ def test_two_ranks_train_what_one_process_trains(project: Project, launcher: Lau
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], rtol=0, atol=1e-6) for name in one)
 
 
+def test_the_first_rank_alone_makes_samples_while_the_other_waits(project: Project, launcher: Launcher) -> None:
+    assert project.tuner("cache", "--config", project.config()) == 0
+    sampling = {"validation_disable": False, "validation_prompt": "waves", "validation_resolution": "64x64", "validation_step_interval": 1,
+                "validation_num_video_frames": 9, "validation_num_inference_steps": 1, "validation_guidance": 1}  # fmt: skip
+    rows = []
+    for out, keys in (("plain", {"validation_disable": True}), ("sampled", sampling)):
+        pair = Pair(launcher, "train", "--config", project.config(output_dir=out, **{**TRAIN, "max_train_steps": 2, **keys}))
+        assert pair.wait() == [0, 0], pair.said(0) + pair.said(1)
+        rows.append(project.metrics(out))
+    assert [row["step"] for row in project.events("sample", "sampled")] == [0, 1, 2] and not project.events("sample_failed", "sampled")
+    assert rows[0] == rows[1] and pair.said(1) == ""
+
+
 def test_a_signal_to_one_rank_stops_both_after_the_same_step_and_the_rest_is_exact(project: Project, launcher: Launcher) -> None:
     assert project.tuner("cache", "--config", project.config()) == 0
     long = {**TRAIN, "max_train_steps": 200, "checkpoint_step_interval": 1, "checkpoints_total_limit": 2}

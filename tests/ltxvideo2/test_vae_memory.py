@@ -38,7 +38,7 @@ from tuner_ltxvideo2.vae_chunks import (
     roll_encoder,
 )
 from tuner_ltxvideo2.variants import variant_of
-from tuner_ltxvideo2.video_latents import VideoDecoder, VideoLatentEncoder, scaled
+from tuner_ltxvideo2.video_latents import VideoDecoder, VideoLatentEncoder, scaled, shown
 
 CPU = torch.device("cpu")
 LENGTHS = [n for n in range(1, 41) if n % 8 == 1]
@@ -293,6 +293,17 @@ def test_the_decoders_convolutions_in_pieces() -> None:
     latents = normal(1, 8, 3, 2, 3)
     close(patched(latents), whole(latents))
     assert peak(lambda: patched(latents)) < 0.8 * peak(lambda: whole(latents))
+
+
+def test_pictures_are_made_of_pixels_a_few_frames_at_a_time() -> None:
+    def whole(decoded: Tensor) -> Tensor:
+        return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+    for dtype in (torch.float32, torch.bfloat16):
+        decoded = normal(3, 150, 16, 32).to(dtype)
+        given = decoded.clone()
+        assert torch.equal(shown(given), whole(decoded)) and torch.equal(given, decoded)
+    assert peak(lambda: shown(given)) < 0.7 * peak(lambda: whole(given))
 
 
 def test_a_decoder_is_told_by_the_same_option(source20: WeightSource, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,6 +286,28 @@ def test_once_the_similarity_is_reached_gradients_are_those_of_a_run_without(mod
     assert bool(after.term.counted.any()) == (mode == "recoverable") and after.term.reduced().item() == 0
 
 
+def test_nothing_waits_for_the_device() -> None:
+    """The meta device has no values: whoever reads one there fails. Whole, inside a route, on another grid, with tokens that are given."""
+    meta = torch.device("meta")
+    context = replace(CONTEXT, device=meta)
+    crepa = Crepa(CrepaOptions(**ON, crepa_similarity_threshold=0.9), context)
+    blocks = model().block_set()
+    crepa.attach(blocks, context)
+    crepa.trainable().to(meta)
+    (term,) = crepa.loss_terms()
+    given = torch.zeros(2, PLACES + EXTRA, dtype=torch.bool, device=meta)
+    for kept, size in ((None, (2, 2)), (torch.zeros(2, 8, dtype=torch.int64, device=meta), (4, 3))):
+        features = torch.empty(2, GRID[0], *size, 32, dtype=torch.float16, device=meta)
+        sample, latents = Sample("a", "d", 0, 0, 25.0, 17, 64, 64, {}), torch.empty(2, PLACES + EXTRA, 6, device=meta)
+        batch = Batch((sample,) * 2, {"video": StreamBatch(latents, GRID, conditioned=given)}, {}, (25.0,) * 2, {RECORD: features})
+        crepa.begin_step(0, batch, NOTHING, torch.Generator())
+        count = PLACES + EXTRA if kept is None else kept.shape[1]
+        hidden = torch.empty(2, count, blocks.widths["video"], dtype=torch.bfloat16, device=meta, requires_grad=True)
+        value = term(StepState(batch, NOTHING, Prediction({"video": latents}), {"crepa": TapValue(hidden, GRID, kept)}, 0))
+        value.reduced().backward()
+        assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16 and value.values.dtype == torch.float32
+
+
 def test_a_resumed_cut_off_is_the_uninterrupted_one() -> None:
     net = model()
     build = lambda: regularizer(net, crepa_similarity_threshold=0.0, crepa_threshold_mode="recoverable", crepa_similarity_ema_decay=0.1)

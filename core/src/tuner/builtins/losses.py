@@ -54,8 +54,6 @@ class SigmaBands:
         self._edges = [index / bands for index in range(bands + 1)]
         self._totals: dict[str, Tensor] = {}
         """Name -> (2, N + 1) float64 on the device: sums of losses and counted samples; the last column is of values without a sigma."""
-        self._banded: set[str] = set()
-        """Names that ever had a sigma; a stream that a batch lacks has none in that batch."""
 
     def add(self, losses: Iterable[LossValue], noise: Noise) -> None:
         """Accumulates unweighted values on their device; a term named after a stream is split by that stream's sigma."""
@@ -70,8 +68,6 @@ class SigmaBands:
             added = torch.stack(((share * values[:, None]).sum(dim=0), share.sum(dim=0)))
             known = self._totals.get(loss.name)
             self._totals[loss.name] = added if known is None else known + added
-            if stream is not None:
-                self._banded.add(loss.name)
 
     def _membership(self, values: Tensor, sigma: Tensor | None) -> Tensor:
         """(B, N + 1) float64: 1 in the band that a sample belongs to."""
@@ -90,14 +86,13 @@ class SigmaBands:
     def take(self) -> dict[str, Tensor]:
         """Means since the last call as scalars on the device, by `loss/<name>` and `loss/<name>/sigma_0.25-0.50`.
 
-        What was never counted is NaN: that it was not is known on the device only.
+        What was never counted is NaN, such as all bands of a term without a sigma: that it was not is known on the device only.
         """
         means: dict[str, Tensor] = {}
         for name, (sums, counts) in self._totals.items():
             means[f"loss/{name}"] = sums.sum() / counts.sum()
-            if name in self._banded:
-                for (low, high), mean in zip(pairwise(self._edges), (sums / counts).unbind()[:-1], strict=True):
-                    means[f"loss/{name}/sigma_{low:.2f}-{high:.2f}"] = mean
+            for (low, high), mean in zip(pairwise(self._edges), (sums / counts).unbind()[:-1], strict=True):
+                means[f"loss/{name}/sigma_{low:.2f}-{high:.2f}"] = mean
         self._totals.clear()
         return means
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.cli.common import configured_command
+from tuner.cli.common import ConfiguredCommand
 from tuner.cli.train import Terminal
 from tuner.config.resolve import Settings
 from tuner.plugins.registry import Registry
@@ -23,4 +23,4 @@ def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) ->
     return 0
 
 
-command = configured_command("cache", "Encode clips and captions into the cache, so that training can start at once.", run)
+command = ConfiguredCommand("cache", "Encode clips and captions into the cache, so that training can start at once.", run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,39 @@ from tuner.plugins.registry import Registry
 Run = Callable[[Registry, Settings, Mapping[str, Any]], int]
 
 
-def configured_command(name: str, summary: str, run: Run, extra: Sequence[click.Parameter] = ()) -> click.Command:
-    """A command that takes every key as a flag, and `--config`; `run` returns the exit code.
+@dataclass(frozen=True)
+class LaterCommand:
+    """A command that is made when it is used, because plugins have a part in it."""
 
-    `extra` parameters are handed to `run` by name and are no keys.
-    """
-    registry = load_plugins()
-    own = {parameter.name for parameter in extra} | {"config"}
+    made: Callable[[], click.Command]
 
-    def callback(**given: Any) -> int:
-        arguments = {key: value for key, value in given.items() if key in own}
-        flags = collect({key: value for key, value in given.items() if key not in own})
-        explicit = Path(arguments["config"]) if arguments["config"] else None
-        settings = resolve(
-            registry.option_types, config_file=find_config(explicit, Path.cwd()), flags=flags, environ=os.environ,
-            hint=registry.hint(),
-        )  # fmt: skip
-        return run(registry, settings, arguments)
 
-    config = click.Option(["--config"], metavar="FILE", help="Configuration file; config/config.json is found by itself.")
-    return click.Command(name, params=[*extra, config, *flags_for(registry.option_types)], callback=callback, help=summary)
+@dataclass(frozen=True)
+class ConfiguredCommand:
+    """A command that takes every key as a flag, and `--config`."""
+
+    name: str
+    summary: str
+    run: Run
+    """Returns the exit code."""
+    extra: Sequence[click.Parameter] = ()
+    """Handed to `run` by name; these are no keys."""
+
+    def made(self) -> click.Command:
+        """With the flags of the plugins of this moment."""
+        registry = load_plugins()
+        own = {parameter.name for parameter in self.extra} | {"config"}
+
+        def callback(**given: Any) -> int:
+            arguments = {key: value for key, value in given.items() if key in own}
+            flags = collect({key: value for key, value in given.items() if key not in own})
+            explicit = Path(arguments["config"]) if arguments["config"] else None
+            settings = resolve(
+                registry.option_types, config_file=find_config(explicit, Path.cwd()), flags=flags, environ=os.environ,
+                hint=registry.hint(),
+            )  # fmt: skip
+            return self.run(registry, settings, arguments)
+
+        config = click.Option(["--config"], metavar="FILE", help="Configuration file; config/config.json is found by itself.")
+        params = [*self.extra, config, *flags_for(registry.option_types)]
+        return click.Command(self.name, params=params, callback=callback, help=self.summary)

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from tuner.cli.common import LaterCommand
 from tuner.cli.interview import Interview, as_json
 from tuner.cli.main import COMMANDS
 from tuner.cli.questionnaire import Questionnaire
@@ -157,7 +158,7 @@ def _dry_run(file: Path) -> int:
     """The plan of a run, by the command that would run it."""
     from tuner.cli.train import command as train
 
-    code = train.main(["--dry-run", "--config", str(file)], prog_name="tuner train", standalone_mode=False)
+    code = train.made().main(["--dry-run", "--config", str(file)], prog_name="tuner train", standalone_mode=False)
     return code if isinstance(code, int) else 0
 
 
@@ -183,4 +184,4 @@ def _command() -> click.Command:
     return click.Command("configure", params=[*parameters, *own, *flags_for(registry.option_types)], callback=callback, help=text)
 
 
-command = _command()
+command = LaterCommand(_command)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tuner.cli.common import configured_command
+from tuner.cli.common import ConfiguredCommand
 from tuner.config.resolve import Settings
 from tuner.plugins.registry import Registry
 
@@ -23,7 +23,7 @@ def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) ->
     return 0
 
 
-command = configured_command(
+command = ConfiguredCommand(
     "export",
     "Convert the adapter of a run, a checkpoint or a file into a layout that other programs read. The file is checked against the "
     "model's own list of weights before it is written.",

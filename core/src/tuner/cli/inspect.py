@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from tuner.cli.common import configured_command
+from tuner.cli.common import ConfiguredCommand
 from tuner.cli.status_line import CacheBar, is_interactive
 from tuner.cli.table import columns
 from tuner.config.resolve import Settings
@@ -208,7 +208,7 @@ def _bucket(group: GroupTurns) -> dict[str, object]:
     }  # fmt: skip
 
 
-command = configured_command(
+command = ConfiguredCommand(
     "inspect",
     "Show what the dataset is and what would be trained of it: a row for every file, with verdict, reason and remarks, and totals that "
     "add up. Takes the configuration as `tuner train` does; no weights are needed. With --strict anything that is skipped, failed, "

@@ -35,7 +35,7 @@ COMMANDS: Mapping[str, str] = {
     "plugins": "List plugins, show one, check all.",
     "options": "List the keys of config.json, or explain one.",
 }
-"""Name -> short help; the module `tuner.cli.<name>` holds the `command`."""
+"""Name -> short help; the module `tuner.cli.<name>` holds the `command`, or what makes it."""
 
 EPILOG = "`tuner plugins` lists what is installed, and the commands that plugins add."
 
@@ -62,8 +62,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Imports the command's module."""
         if cmd_name in COMMANDS:
-            found: click.Command = importlib.import_module(f"tuner.cli.{cmd_name}").command
-            return found
+            found = importlib.import_module(f"tuner.cli.{cmd_name}").command
+            command: click.Command = found.made() if hasattr(found, "made") else found
+            return command
         self._ask_plugins()
         near = get_close_matches(cmd_name, [*COMMANDS, *self.commands], n=1)
         if cmd_name not in self.commands and near and not ctx.resilient_parsing:

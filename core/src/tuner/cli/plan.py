@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tuner.cli.common import configured_command
+from tuner.cli.common import ConfiguredCommand
 from tuner.cli.table import columns
 from tuner.config.edit import apply_keys
 from tuner.config.resolve import Settings
@@ -183,7 +183,7 @@ def _size_option(name: str, text: str) -> click.Option:
     return click.Option([f"--{name}", f"--{name.replace('_', '-')}", name], type=Bytes(), metavar="SIZE", help=text)
 
 
-command = configured_command(
+command = ConfiguredCommand(
     "plan",
     "Show which memory settings fit this machine, before anything is loaded. Takes the configuration as `tuner train` does.",
     run,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tuner.cli.common import configured_command
+from tuner.cli.common import ConfiguredCommand
 from tuner.config.resolve import Settings
 from tuner.plugins.registry import Registry
 
@@ -24,7 +24,7 @@ def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) ->
     return 0
 
 
-command = configured_command(
+command = ConfiguredCommand(
     "sample",
     "Generate a clip from a prompt, with an adapter or fully trained weights if they are named. Size, length, steps, guidance and "
     "seed come from the validation_* keys.",

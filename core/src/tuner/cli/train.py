@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from tuner.cli.common import configured_command
+from tuner.cli.common import ConfiguredCommand
 from tuner.cli.status_line import CacheBar, StatusLine, is_interactive
 from tuner.config.resolve import Settings
 from tuner.config.settings import OptimizerSettings, RunSettings, TrainSettings
@@ -32,14 +32,21 @@ class Terminal:
     def plan(self, plan: Plan) -> None:
         """Prints what will be done."""
         self._end_bar()
-        table = Table(title="Plan", show_header=False, box=None, title_justify="left", pad_edge=False)
-        for label, text in plan_rows(plan):
-            table.add_row(label, text)
-        self.console.print(table)
+        self._rows("Plan", plan_rows(plan))
         if "\n" in (verdicts := plan.manifest.table()):
             self.console.print(verdicts, markup=False, soft_wrap=True)
         for notice in plan.notices:
             self.console.print(f"notice: {notice}", markup=False, soft_wrap=True)
+
+    def _rows(self, title: str, rows: list[tuple[str, str]]) -> None:
+        if not self.console.is_terminal:  # a file or another program, which wants a row on one line
+            width = max(len(label) for label, _ in rows)
+            self.console.print("\n".join([title, *(f"{label:<{width}}  {text}" for label, text in rows)]), markup=False, soft_wrap=True)
+            return
+        table = Table(title=title, show_header=False, box=None, title_justify="left", pad_edge=False)
+        for label, text in rows:
+            table.add_row(label, text)
+        self.console.print(table)
 
     def note(self, text: str) -> None:
         """One sentence, above whatever is live."""
@@ -151,7 +158,7 @@ def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) ->
         terminal.close()
 
 
-command = configured_command(
+command = ConfiguredCommand(
     "train",
     "Train a model on a folder of clips. Every configuration key is a flag too; flags win over environment, file and defaults.",
     run,

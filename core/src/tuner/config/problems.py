@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from tuner.config.masking import shown
 from tuner.config.options import Options
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, TunerError
 
 Facts = Mapping[str, Any]
 
@@ -43,8 +43,12 @@ def combined(problems: Sequence[ConfigError]) -> ConfigError:
     """The only problem itself, or one error that lists all."""
     if len(problems) == 1:
         return problems[0]
-    lines = "\n".join("- " + str(problem).replace("\n", "\n  ") for problem in problems)
-    return ConfigError(f"{len(problems)} problems in the configuration:\n{lines}")
+    return ConfigError(f"{len(problems)} problems in the configuration:\n{listed(problems)}")
+
+
+def listed(problems: Sequence[TunerError]) -> str:
+    """A dash before each, its further lines below it."""
+    return "\n".join("- " + str(problem).replace("\n", "\n  ") for problem in problems)
 
 
 def _problem(where: str, items: Sequence[Any], given: Mapping[str, tuple[object, str]]) -> ConfigError:

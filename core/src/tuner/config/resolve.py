@@ -118,6 +118,7 @@ def resolve(
     models = _build_models(vocabulary, acting, problems)
     if problems:
         raise combined(problems)
+    notices += _idle(models, acting)
     return Settings(vocabulary, models, {name: item.origin for name, item in acting.items()}, notices)
 
 
@@ -262,3 +263,14 @@ def _build_models(vocabulary: Vocabulary, given: Mapping[str, Given], problems: 
         except ValidationError as error:
             problems.extend(problems_of(error, options, {name: (item.value, item.place) for name, item in mine.items()}))
     return models
+
+
+def _idle(models: Mapping[type[Options], Options], given: Mapping[str, Given]) -> list[str]:
+    """A notice for each group that is off although keys of it ask for something; the first key of a group is its switch."""
+    notices = []
+    for options, model in models.items():
+        switch = next(iter(options.model_fields), "")
+        idle = [name for name, item in given.items() if item.key.owner is options and getattr(model, name) != item.key.default]
+        if idle and not model.enabled():
+            notices.append(f"{', '.join(idle)}: no effect, since {options.title or options.__name__} is off ({switch})")
+    return notices

@@ -39,7 +39,7 @@ class MissingRecord(DataError):
 
 
 def record_key(source: Mapping[str, Setting], encoder: str, settings: Mapping[str, Setting]) -> str:
-    """sha256 over canonical JSON of what is encoded, by which encoder, with which settings."""
+    """sha256 over canonical JSON of what is encoded, by which encoder (see `records.EncoderIdentity`), with which settings."""
     content = {"format": FORMAT_VERSION, "source": dict(source), "encoder": encoder, "settings": dict(settings)}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -74,7 +74,7 @@ def _whole(path: Path, layout: str) -> Iterator[OutputContainer]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, av.FFmpegError) as error:  # of the latter some are no OSError, such as those of an encoder's own library
         raise DiskError(f"the clip cannot be written: {error.strerror or error}", where=str(path)) from error
     finally:
         with suppress(OSError):

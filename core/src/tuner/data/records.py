@@ -53,9 +53,17 @@ class EncoderIdentity:
     """What names an encoder's records; taken once, because fingerprints of weights cost time."""
 
     name: str
+    """Made of the package of its class, the class and its own name: encoders of two families may share the latter, and settings."""
     reads: Literal["video", "audio", "text"]
     of: str
     settings: Mapping[str, Setting]
+
+    @staticmethod
+    def of_encoder(encoder: LatentEncoder) -> EncoderIdentity:
+        """As the encoder says now."""
+        made_by = type(encoder)
+        name = f"{made_by.__module__.partition('.')[0]}/{made_by.__qualname__}/{encoder.name}"
+        return EncoderIdentity(name, encoder.reads, encoder.of, dict(encoder.settings()))
 
 
 class RecordPlaces:
@@ -71,7 +79,7 @@ class RecordPlaces:
 
     def refresh(self, encoder: LatentEncoder) -> bool:
         """Asks for the encoder's settings again; whether they changed, and with them its places."""
-        identity = EncoderIdentity(encoder.name, encoder.reads, encoder.of, dict(encoder.settings()))
+        identity = EncoderIdentity.of_encoder(encoder)
         changed = self._encoders.get(encoder.name) != identity
         self._encoders[encoder.name] = identity
         return changed
@@ -90,11 +98,12 @@ class RecordPlaces:
         encoder, source = self._encoders[name], self.source(item, name)
         if source is None:
             return None
-        return Place(self._cache(item.cache_dir), record_key(source_key(source, self.geometry), name, encoder.settings))
+        return Place(self._cache(item.cache_dir), record_key(source_key(source, self.geometry), encoder.name, encoder.settings))
 
     def caption(self, text: str, name: str) -> Place:
         """The record of a caption."""
-        return Place(self._cache(self._text_cache), record_key({"text": text}, name, self._encoders[name].settings))
+        encoder = self._encoders[name]
+        return Place(self._cache(self._text_cache), record_key({"text": text}, encoder.name, encoder.settings))
 
     def read(self, item: Item, caption: str) -> dict[str, Record]:
         """Encoder name -> record, of one item with that caption. Raises `MissingRecord`."""

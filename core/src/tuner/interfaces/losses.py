@@ -56,7 +56,8 @@ class LossValue:
     """(B,) bool; None: all. No sample counted: the term is 0, never NaN."""
     weight: float | Tensor = 1.0
     measured: Mapping[str, Tensor] = field(default_factory=dict)
-    """Name -> (B,) float32 without a graph: what is logged beside the term, as `loss/<term>/<name>`, over the counted samples."""
+    """Name -> (B,) float32 without a graph: what is logged beside the term, as `loss/<term>/<name>`, over the counted samples.
+    The same names for every batch: ranks add up their sums in one tensor."""
 
     def reduced(self) -> Tensor:
         """weight · mean over counted samples; shape ()."""

@@ -126,10 +126,15 @@ def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, adapted layers compute W·x alone. Raises `ValueError` for a model without adapters."""
-    layers = adapted_layers(model).values()
-    if not layers:
+    """Inside, adapted layers compute W·x alone. Which parameters are trained is the same afterwards.
+
+    Raises `ValueError` for a model without adapters.
+    """
+    adapted = adapted_layers(model).values()
+    if not adapted:
         raise ValueError("the model has no adapters to be switched off: all its weights are trained")
+    layers = [layer for layer in adapted if not layer.disable_adapters]
+    trained = [(parameter, parameter.requires_grad) for layer in layers for parameter in _matrices(layer)]
     try:
         for layer in layers:
             layer.enable_adapters(False)
@@ -137,6 +142,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
 
 
 @torch.no_grad()
@@ -192,19 +199,3 @@ def _check_fit(layers: dict[str, LoraLayer], state: AdapterState) -> None:
                 f"alpha / rank is {state.alpha / state.rank:g}, here {float(layer.scaling[ADAPTER]):g}", where=name,
                 remedy=f"set lora_alpha to {state.alpha:g}",
             )
-
-
-@contextlib.contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes as without adapters. Which parameters are trained is the same afterwards."""
-    layers = [layer for layer in adapted_layers(model).values() if not layer.disable_adapters]
-    trained = [(parameter, parameter.requires_grad) for layer in layers for parameter in _matrices(layer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, flag in trained:
-            parameter.requires_grad_(flag)

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -159,6 +160,8 @@ def _told(repository: str, call: Callable[[], T]) -> T:
         if isinstance(error, LocalEntryNotFoundError):
             raise _unreachable(repository, error) from error
         raise HubError(f"the repository lacks a file: {error}", where=repository, remedy="name another revision") from error
+    except HFValidationError as error:
+        raise HubError(f"is no name of a repository: {str(error).splitlines()[0]}", where=repository) from error
     except _NETWORK_ERRORS as error:
         raise _unreachable(repository, error) from error
 

@@ -54,7 +54,7 @@ def corrected(kept: int, blocks: int, peak: int, budget: int, block: int) -> int
 class ActivationBudget(Execution):
     """Carries out steps through another execution, and corrects how many blocks keep their activations.
 
-    A step that does not fit is carried out once more with every block recomputed, which gives the same numbers.
+    A step that does not fit is carried out once more with every block recomputed and no graphs held, which gives the same numbers.
     """
 
     def __init__(
@@ -79,12 +79,15 @@ class ActivationBudget(Execution):
         fresh = all(parameter.grad is None for parameter in self.masters.optimized())
         on_gpu = self._device.type == "cuda"
         drawn = torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_gpu and self.runner.draws else None
+        if self._seen < WATCHED:
+            self._peak()  # of loading, caching or sampling
         try:
             results = self.inner(items, step, share)
         except torch.OutOfMemoryError as error:
-            if not self.kept or not fresh:
+            if not fresh or not (self.inner.release() or self.kept):
                 raise
-            log.warning("activations of %d blocks did not fit (%s); every block is recomputed", self.kept, str(error).splitlines()[0])
+            if self.kept:
+                log.warning("activations of %d blocks did not fit (%s); every block is recomputed", self.kept, str(error).splitlines()[0])
             self._keep(0)
             self._seen = WATCHED
         else:
@@ -98,6 +101,9 @@ class ActivationBudget(Execution):
         if drawn[1] is not None:
             torch.cuda.set_rng_state(drawn[1], self._device)
         return self.inner(items, step, share)
+
+    def release(self) -> bool:
+        return self.inner.release()
 
     @property
     def _device(self) -> torch.device:
@@ -115,6 +121,7 @@ class ActivationBudget(Execution):
         if now != self.kept:
             log.info("activations of %d blocks are kept, not of %d: steps took %.1f GiB at most", now, self.kept, peak / 2**30)
             self._keep(now)
+            self.inner.release()
 
     def _keep(self, kept: int) -> None:
         self.runner.checkpointing = keep_last(len(self.runner.blocks), kept)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuner.errors import EnvironmentProblem
 from tuner.interfaces.losses import Regularizer
@@ -42,23 +43,30 @@ class Execution(ABC):
 
     @abstractmethod
     def __call__(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
-        """`share`: of each batch in the optimizer step's loss. The results' tensors hold until the next call."""
+        """`share`: of each batch in the optimizer step's loss. The results have no graph; their tensors hold until the next call."""
+
+    def release(self) -> bool:
+        """Gives memory back that is held for steps to come; whether there was any."""
+        return False
 
 
 class PlainExecution(Execution):
     """Calls the step."""
 
     def __call__(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
-        results = train_together(self.training, items, step)
-        # A batch without a stream whose modules alone are trained teaches nothing.
-        if losses := [result.loss * share for result in results if result.loss.requires_grad]:
-            _total(losses).backward()  # type: ignore[no-untyped-call]
+        results = _forward_backward(self.training, items, step, share)
         self.masters.collect()
-        return results
+        return [_detached(result) for result in results]
 
 
-def _total(losses: Sequence[Tensor]) -> Tensor:
-    return losses[0] if len(losses) == 1 else torch.stack(list(losses)).sum()
+def _forward_backward(training: TrainingModel, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
+    """Leaves gradients in the model's parameters."""
+    results = train_together(training, items, step)
+    # A batch without a stream whose modules alone are trained teaches nothing.
+    if losses := [result.loss * share for result in results if result.loss.requires_grad]:
+        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+    return results
 
 
 @dataclass
@@ -106,38 +114,54 @@ class GraphExecution(Execution):
             self._graphs[shape] = captured
         return self._replay(self._graphs[shape], items, share)
 
+    def release(self) -> bool:
+        if not self._graphs:
+            return False
+        torch.cuda.synchronize()  # one of them may be running
+        self._graphs.clear()
+        self._seen.clear()
+        self._pool = None
+        return True
+
     def _capture(self, items: Sequence[Item], step: int, share: float) -> _Graph | None:
         """None: it cannot be captured, and will not be tried again."""
         own = copied(tuple(items))
         if not self._gradients:
             self._gradients = [torch.empty_like(master, requires_grad=False) for master in self.masters.optimized()]
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        try:
-            # Other threads (the one that pins batches) may go on calling the driver meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                results = train_together(self.training, own, step)
-                _total([result.loss * share for result in results]).backward()  # type: ignore[no-untyped-call]
-                gradients = self._keep(self.masters.gather())
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = f"the training step could not be captured: {str(error).splitlines()[0]}"
-            if self._required:
-                raise EnvironmentProblem(reason, where="cuda_graphs", remedy="set it to auto, or off") from error
-            log.warning("%s; it is carried out plainly", reason)
-            self._limit = len(self._graphs)
-            self.training.blocks.abort()
-            self.masters.gather()  # what the attempt left there was never computed
-            return None
+        with _set_aside(self.masters.optimized()):
+            try:
+                with recording(graph, self._pool):
+                    results = _forward_backward(self.training, own, step, share)
+                    gradients = self._keep(self.masters.gather())
+            except RuntimeError as error:
+                self.training.blocks.abort()
+                self.masters.gather()  # what the attempt left there was never computed
+                self._not_captured(error)
+                return None
         self._pool = graph.pool()
         kept = [tensor.detach() for result in results for tensor in tensors(result.entered)]
         return _Graph(graph, list(tensors(own)), [_detached(result) for result in results], gradients, kept)
 
+    def _not_captured(self, error: RuntimeError) -> None:
+        """Raises where graphs are required; else says so, and no further shape is captured."""
+        # Ending a capture that has failed may raise, too; then what went wrong first is in the context.
+        full = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
+        if full is not None and self._required:
+            raise full
+        reason = f"the training step could not be captured: {str(full or error).splitlines()[0]}"
+        if self._required:
+            raise EnvironmentProblem(reason, where="cuda_graphs", remedy="set it to auto, or off") from error
+        log.warning("%s; it is carried out plainly", reason)
+        if full is not None:
+            self.release()
+        self._limit = len(self._graphs)
+
     def _keep(self, found: list[Tensor | None]) -> list[Tensor | None]:
         """Writes gradients where they stay, so that the graph's own memory holds none of them after a replay."""
         pairs = [(own, given) for own, given in zip(self._gradients, found, strict=True) if given is not None]
-        torch._foreach_copy_([own for own, _ in pairs], [given for _, given in pairs])
+        if pairs:
+            torch._foreach_copy_([own for own, _ in pairs], [given for _, given in pairs])
         return [None if given is None else own for own, given in zip(self._gradients, found, strict=True)]
 
     def _replay(self, held: _Graph, items: Sequence[Item], share: float) -> list[StepResult]:
@@ -147,6 +171,29 @@ class GraphExecution(Execution):
         # Gradients of the whole step may stay where the graph wrote them; those that others are added to must not be overwritten.
         self.masters.add(held.gradients, copy=round(1 / share) != len(items))
         return held.results
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """What is issued inside goes into `graph`, and is not run."""
+    with torch.cuda.stream(torch.cuda.current_stream()):  # torch stays on the stream of a capture that fails
+        torch.cuda.synchronize()
+        # Other threads (the one that pins batches) may go on calling the driver meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+
+
+@contextmanager
+def _set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients of the batches before: a captured backward pass would add to them, in every replay again."""
+    held = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, held, strict=True):
+            parameter.grad = gradient
 
 
 def tensors(value: object) -> Iterator[Tensor]:

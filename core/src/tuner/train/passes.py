@@ -31,7 +31,7 @@ class ExtraPasses(ForwardPasses):
         if run.blocks.under_way:
             raise ValueError("a step is under way: forward passes beside it belong into begin_step")
         with torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(_evaluating(run.model))
+            stack.enter_context(evaluating(run.model))
             if not adapter:
                 stack.enter_context(without_adapters(run.model))
             if weights:
@@ -58,7 +58,8 @@ class ExtraPasses(ForwardPasses):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside: no dropout, in adapters neither."""
     training = model.training
     model.eval()
     try:

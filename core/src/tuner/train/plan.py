@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tuner.config.datasets import DatasetEntry, configured_datasets
+from tuner.config.problems import listed
 from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
 from tuner.config.validation_settings import ValidationSettings
@@ -43,7 +44,7 @@ class PlanProblems(ConfigError):
     """Everything that speaks against a run, at once."""
 
     def __init__(self, problems: Sequence[TunerError]) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
+        super().__init__(str(problems[0]) if len(problems) == 1 else f"{len(problems)} problems with this run:\n{listed(problems)}")
         self.problems = tuple(problems)
         self.exit_code = problems[0].exit_code
 

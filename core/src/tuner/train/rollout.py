@@ -29,6 +29,7 @@ from torch import Tensor
 from tuner.config.rollout_settings import RolloutSettings
 from tuner.data.randomness import uniform
 from tuner.interfaces.family import Batch, Noise, Sample, StreamBatch, StreamNoise, TokenShift
+from tuner.train.passes import evaluating
 from tuner.train.step import TrainingModel
 
 NoiseTransform = Callable[[Batch, Noise, int], Noise]
@@ -96,17 +97,12 @@ class Rollout:
         grid = next(batch.streams[name].grid for name in moving)
         levels = {name: self._levels(part.sigma, lengths, math.prod(grid)) for name, part in moving.items()}
         places = {name: _point(batch.streams[name], part, levels[name][0]) for name, part in moving.items()}
-        model = self._run.model
-        was_training = model.training
-        model.eval()  # no dropout in adapters, as in sampling
-        try:
+        with evaluating(self._run.model):
             for turn in range(max(lengths)):
                 velocity = self._velocity(batch, draws, places, {name: level[turn] for name, level in levels.items()})
                 for name, place in places.items():
                     moved = place + (levels[name][turn + 1] - levels[name][turn])[:, None, None] * velocity[name].float()
                     places[name] = _given_clean(batch.streams[name], moved)
-        finally:
-            model.train(was_training)
         return places
 
     def _velocity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from tuner.config.entries import FolderEntry
 from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, RunSettings
-from tuner.errors import ConfigError, TunerError
+from tuner.errors import ConfigError, DiskError, TunerError
 from tuner.interfaces.losses import TrainingFacts
 from tuner.model.adapters import resolve_targets
 
@@ -34,9 +36,21 @@ def problems(plan: Plan) -> list[TunerError]:
 def _output_problems(plan: Plan) -> list[TunerError]:
     folder = Path(plan.settings.get(RunSettings).output_dir).expanduser()
     taken = next((path for path in (folder, *folder.parents) if path.exists()), None)
-    if taken is None or taken.is_dir():
-        return []
-    return [ConfigError("is a file, no folder", where="output_dir", value=str(taken), remedy="name a folder, which is made")]
+    if taken is not None and not taken.is_dir():
+        return [ConfigError("is a file, no folder", where="output_dir", value=str(taken), remedy="name a folder, which is made")]
+    if taken is not None and not os.access(taken, os.W_OK | os.X_OK):
+        return [DiskError("cannot be written", where=f"output_dir {taken}", remedy="set another output_dir")]
+    return _inside_data_problems(plan, folder.resolve())
+
+
+def _inside_data_problems(plan: Plan, folder: Path) -> list[TunerError]:
+    """Samples of a run that lay among the clips would be clips of the next run."""
+    remedy = "name a folder outside the data"
+    return [
+        ConfigError(f"lies inside the dataset folder {data}", where="output_dir", value=str(folder), remedy=remedy)
+        for data in dict.fromkeys(entry.instance_data_dir for entry in plan.entries if isinstance(entry, FolderEntry))
+        if folder.is_relative_to(data.resolve())
+    ]
 
 
 def _size_problems(plan: Plan) -> list[TunerError]:

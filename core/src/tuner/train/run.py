@@ -70,7 +70,7 @@ class RunFolder:
         self.path = path
         self.listeners: list[Listener] = []
         """Told of each event after it was written."""
-        self._replacing = threading.Lock()
+        self._beating, self._replacing = threading.Lock(), threading.Lock()
         self._beat: dict[str, object] = {}
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -131,11 +131,16 @@ class RunFolder:
     def heartbeat(self, step: int, total: int, state: str, facts: Mapping[str, object] | None = None) -> None:
         """heartbeat.json, replaced in one go. `state`: a word such as "training", "saving", "finished". `facts`: what else is known;
         what was given before stays."""
-        self._beat |= {"step": step, "total": total, "state": state, **masked_facts(facts)}
-        self.beat_again()
+        with self._beating:
+            self._beat |= {"step": step, "total": total, "state": state, **masked_facts(facts)}
+            self._write_beat()
 
     def beat_again(self) -> None:
-        """The last heartbeat with the present time."""
+        """The last heartbeat with the present time; for another thread than that which gives heartbeats."""
+        with self._beating:  # from reading to writing: else an old one could replace a newer one
+            self._write_beat()
+
+    def _write_beat(self) -> None:
         place = {"time": now(), "pid": os.getpid(), "host": socket.gethostname()}
         self._replace("heartbeat.json", {**place, **self._beat}, durable=False)
 

@@ -11,21 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tuner.config.validation_settings import ValidationSettings
-from tuner.errors import CheckpointError, ConfigError, HubError, TunerError
+from tuner.errors import CheckpointError, ConfigError, DiskError, HubError, TunerError
 from tuner.interfaces.services import AdapterState
+from tuner.model.hub import Repository, fetch, open_repository, pending
 from tuner.train.adapter_files import check_adapter, read_adapter
-from tuner.train.licence import NETWORK_ERRORS
 from tuner.train.prompts import label, read_json, unused
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 PATH_KEY, CONFIG_KEY = "validation_adapter_path", "validation_adapter_config"
 LAYOUTS: Final = '{"soft": "soft.safetensors", "hard": {"path": "owner/name:hard.safetensors", "strength": 0.7}}'
 REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+")
-_DOWNLOAD_ERRORS: Final[tuple[type[Exception], ...]] = (*NETWORK_ERRORS, HFValidationError)
 SPARE: Final = 6 * 2**30
 """Bytes that stay free on a device for activations and decoders; adapters that leave less stay in host memory and travel layer by layer."""
 
@@ -47,6 +44,8 @@ class AdapterUse:
     path: str
     strength: float = 1.0
     key: str = PATH_KEY
+    place: Path | None = field(default=None, compare=False)
+    """Where it lies on this disk, once that is known: no sample asks the hub."""
 
 
 @dataclass(frozen=True)
@@ -150,52 +149,61 @@ def _files_in(folder: Path) -> str:
 
 
 def _from_hub(repository: str, name: str, key: str, *, preview: bool) -> Path | None:
-    where = f"{key}: {repository}"
     try:
-        name = name or _only_file(repository, key)
-        cached = try_to_load_from_cache(repository, name)
-        if preview:
-            return Path(cached) if isinstance(cached, str) else None
-        return Path(hf_hub_download(repository, name))
-    except LocalEntryNotFoundError as error:
-        raise HubError("the hub cannot be reached, and the file is not in its cache", where=where, value=name) from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            "there is no such file or folder, and no such repository, or it is not open to you", where=where,
-            remedy="check the name, or run `hf auth login`",
-        ) from error  # fmt: skip
-    except EntryNotFoundError as error:
-        raise HubError("the repository has no such file", where=where, value=name, remedy="write owner/name:file") from error
-    except _DOWNLOAD_ERRORS as error:
-        raise HubError(f"cannot be downloaded: {str(error).splitlines()[0]}", where=where, value=name) from error
+        found = open_repository(repository)
+        name = name or _only_file(found, key)
+        if name not in found.files and found.snapshot is not None:
+            raise HubError("the hub cannot be reached, and the file is not in its cache", value=name)
+        if name not in found.files:
+            remedy = f"write {repository}:FILE with one of: {_weights_in(found)}"
+            raise HubError("the repository has no such file", value=name, remedy=remedy)
+        if preview and pending(found, [name]):
+            return None
+        return fetch(found, [name]) / name
+    except HubError as error:
+        raise HubError(error.message, where=f"{key}: {repository}", value=error.value, remedy=error.remedy) from error
 
 
-def _only_file(repository: str, key: str) -> str:
-    files = [file for file in HfApi().list_repo_files(repository) if file.endswith(".safetensors")]
+def _only_file(repository: Repository, key: str) -> str:
+    files = repository.wanted([""], [".safetensors"])
     if len(files) != 1:
-        some = ", ".join(sorted(files)[:8]) or "none"
         raise ConfigError(
-            f"the repository has {len(files)} .safetensors files", where=key, value=repository,
-            remedy=f"write {repository}:FILE with one of: {some}",
+            f"the repository has {len(files)} .safetensors files", where=key, value=repository.name,
+            remedy=f"write {repository.name}:FILE with one of: {_weights_in(repository)}",
         )  # fmt: skip
     return files[0]
 
 
-def check_runs(model: ModelPlan, runs: Sequence[AdapterRun], *, preview: bool) -> tuple[list[TunerError], list[str]]:
-    """What does not fit the model, and what would have to be downloaded. Reads the files, each once."""
+def _weights_in(repository: Repository) -> str:
+    return ", ".join(sorted(repository.wanted([""], [".safetensors"]))[:8]) or "none"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What became of the adapters that are asked for."""
+
+    runs: tuple[AdapterRun, ...]
+    """With the places of those that are on this disk."""
+    problems: tuple[TunerError, ...]
+    """What does not fit the model."""
+    downloads: tuple[str, ...]
+    """What would have to be downloaded."""
+
+
+def check_runs(model: ModelPlan, runs: Sequence[AdapterRun], *, preview: bool) -> Checked:
+    """Finds the files and reads them, each once; unless `preview` they are downloaded."""
     headers = model.source.headers("transformer")
     problems: list[TunerError] = []
-    downloads: list[str] = []
+    places: dict[str, Path | None] = {}
     for use in {use.path: use for run in runs for use in run.uses}.values():
         try:
-            path = locate_adapter(use.path, use.key, preview=preview)
-            if path is None:
-                downloads.append(f"adapter {use.path}")
-            else:
+            places[use.path] = path = locate_adapter(use.path, use.key, preview=preview)
+            if path is not None:
                 check_adapter(read_adapter(model.registry, path), headers, f"{use.key}: {use.path}")
-        except (ConfigError, CheckpointError, HubError) as error:
+        except (ConfigError, CheckpointError, HubError, DiskError) as error:
             problems.append(error)
-    return problems, downloads
+    placed = tuple(replace(run, uses=tuple(replace(use, place=places.get(use.path)) for use in run.uses)) for run in runs)
+    return Checked(placed, tuple(problems), tuple(f"adapter {path}" for path, place in places.items() if place is None))
 
 
 # --- at work -----------------------------------------------------------------------------------------------------
@@ -207,7 +215,7 @@ def beside(model: nn.Module, registry: Registry, run: AdapterRun | None, device:
     """
     with ExitStack() as stack:
         for use in run.uses if run is not None else ():
-            path = locate_adapter(use.path, use.key)
+            path = use.place or locate_adapter(use.path, use.key)
             assert path is not None
             if use.strength:
                 stack.enter_context(added(model, read_adapter(registry, path), use.strength, device))

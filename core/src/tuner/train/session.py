@@ -241,13 +241,19 @@ class Session:
                 folder.event("checkpoint", step=step, path=path.name)
                 self.interface.note(f"saved {path}")
                 self.registry.checkpoint_saved(self.info(folder), path, step)
+                self.recorder.stage("training", step)
 
         def save(step: int) -> None:
             self.ranks.together(lambda: write(step))
             stops.agree()
 
+        def sample(step: int) -> None:
+            if self.ranks.main:
+                validation.at(step)
+                self.recorder.stage("training", step)
+
         def validate(step: int) -> None:
-            self.ranks.together(lambda: validation.at(step) if self.ranks.main else None)
+            self.ranks.together(lambda: sample(step))
             stops.agree()
 
         return Loop(

@@ -20,9 +20,10 @@ import torch
 
 from tuner.data.records import RecordPlaces
 from tuner.errors import NumericError, TunerError
-from tuner.interfaces.family import SampleRequest
+from tuner.interfaces.family import Generated, SampleRequest
 from tuner.train.assemble import Assembly
 from tuner.train.heldout import SEED, HeldOutLosses, held_out_losses
+from tuner.train.passes import evaluating
 from tuner.train.plan import Plan
 from tuner.train.prompts import OWN
 from tuner.train.run import RunFolder
@@ -117,15 +118,12 @@ class Validation:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Evaluation mode; random numbers go on afterwards as if nothing had been."""
-        model, device = self.assembly.training.model, self.assembly.device
-        was_training = model.training
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            model.eval()
-            try:
+        device = self.assembly.device
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(self.assembly.training.model):
                 yield
-            finally:
-                model.train(was_training)
-                _free(device)
+        finally:
+            _free(device)
 
     # --- losses --------------------------------------------------------------------------------------------------
     def _measure(self, step: int) -> None:
@@ -176,13 +174,9 @@ class Validation:
             return known
         began = time.perf_counter()
         target = self.folder.path / "validation" / f"step_{step}" / f"{job.label}.mp4"
-        training, plan, device = self.assembly.training, self.plan, self.assembly.device
-        _free(device)
+        _free(self.assembly.device)
         try:
-            request = self.complete(job)
-            with beside(training.model, plan.registry, job.adapters, device):
-                generated = plan.family.sample(training.model, plan.source, [request], training.blocks, plan.streams)[0]
-            path = write_sample(generated, target)
+            path = write_sample(self._generated(job), target)
         except FAILURES as error:
             self._failed("sample_failed", step, job.label, error)
             return None
@@ -193,6 +187,22 @@ class Validation:
         )  # fmt: skip
         self.note(f"step {step}: sampled {path.name} in {seconds:.1f} s")
         return path
+
+    def _generated(self, job: SampleJob) -> Generated:
+        """Once more without what is held for replayed steps, where it does not fit beside that."""
+        try:
+            return self._generate(job)
+        except torch.OutOfMemoryError:
+            if not self.assembly.execution.release():
+                raise
+        self._settle()
+        return self._generate(job)
+
+    def _generate(self, job: SampleJob) -> Generated:
+        training, plan = self.assembly.training, self.plan
+        request = self.complete(job)
+        with beside(training.model, plan.registry, job.adapters, self.assembly.device):
+            return plan.family.sample(training.model, plan.source, [request], training.blocks, plan.streams)[0]
 
     def complete(self, job: SampleJob) -> SampleRequest:
         """The request with its records from the cache. Raises `MissingRecord`."""

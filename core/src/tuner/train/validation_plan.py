@@ -113,15 +113,16 @@ def validation_of(
         jobs += found
         problems += refused
     runs = adapter_runs(settings)
-    downloads: list[str] = []
+    downloads: tuple[str, ...] = ()
     if jobs and runs:
-        wrong, downloads = check_runs(model, runs, preview=preview)
-        problems += wrong
+        checked = check_runs(model, runs, preview=preview)
+        runs, downloads = checked.runs, checked.downloads
+        problems += checked.problems
     if runs:
         jobs = list(_with_adapters(jobs, runs, plain=settings.validation_adapter_mode == "comparison"))
     plan = ValidationPlan(
         tuple(jobs), _measured(settings, held_out, model.family.learned_streams(streams)), settings.eval_timesteps,
-        settings.validation_step_interval, not settings.disable_benchmark, tuple(downloads), problems=tuple(problems),
+        settings.validation_step_interval, not settings.disable_benchmark, downloads, problems=tuple(problems),
     )  # fmt: skip
     return replace(plan, notices=tuple(_notices(settings, plan, bool(runs))))
 

@@ -32,7 +32,8 @@ _TILE: Final = 16
 """Latent rows or columns (512 pixels) of a tile, diffusers' own size; larger pictures are decoded by tiles."""
 _SMALL_TILE: Final = 8
 """The same where memory is short: a quarter of the area."""
-_SCALED_AT_ONCE: Final = 16
+_AT_ONCE: Final = 16
+"""Frames that exist as float32 pixels at a time."""
 SAVINGS: Final[Mapping[str, Callable[[Any], None]]] = {
     "vae_enable_slicing": lambda vae: vae.enable_slicing(),
     "vae_enable_patch_conv": lambda vae: patch_convolutions(vae.encoder),
@@ -145,8 +146,7 @@ class VideoDecoder(Networks):
 
     def _decoded(self, vae: Any, latents: Tensor, frame_rate: float) -> VideoClip:
         raw = denormalise(vae, latents.to(self._device)).to(self._dtype)
-        pictures = vae.decode(raw, return_dict=False)[0][0].permute(1, 2, 3, 0).float()
-        return VideoClip(((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu(), frame_rate)
+        return VideoClip(shown(vae.decode(raw, return_dict=False)[0][0]), frame_rate)
 
 
 def _without(half: str) -> Callable[[nn.Module], None]:
@@ -162,9 +162,18 @@ def scaled(clips: Sequence[VideoClip], dtype: torch.dtype, device: torch.device)
     frames, height, width = clips[0].frames.shape[:3]
     result = torch.empty(len(clips), 3, frames, height, width, dtype=dtype, device=device)
     for index, clip in enumerate(clips):
-        for start in range(0, frames, _SCALED_AT_ONCE):
-            pixels = clip.frames[start : start + _SCALED_AT_ONCE].to(device).to(torch.float32)
-            result[index, :, start : start + _SCALED_AT_ONCE] = pixels.div_(127.5).sub_(1.0).permute(3, 0, 1, 2)
+        for start in range(0, frames, _AT_ONCE):
+            pixels = clip.frames[start : start + _AT_ONCE].to(device).to(torch.float32)
+            result[index, :, start : start + _AT_ONCE] = pixels.div_(127.5).sub_(1.0).permute(3, 0, 1, 2)
+    return result
+
+
+def shown(pictures: Tensor) -> Tensor:
+    """(3, F, H, W) in [-1, 1], what lies outside cut -> uint8 (F, H, W, 3) on the CPU; the float32 of it a few frames at a time."""
+    result = torch.empty(*pictures.shape[1:], 3, dtype=torch.uint8)
+    for start in range(0, len(result), _AT_ONCE):
+        pixels = pictures[:, start : start + _AT_ONCE].float().clamp(-1, 1).add_(1).mul_(127.5).round_()
+        result[start : start + _AT_ONCE] = pixels.to(torch.uint8).cpu().permute(1, 2, 3, 0)
     return result
 
 
