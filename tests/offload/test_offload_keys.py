@@ -34,9 +34,11 @@ def test_a_switch_turns_its_strategy_on_without_a_notice(key: str) -> None:
 
 
 def test_other_keys_switch_nothing_on() -> None:
+    assert not resolve(TYPES, flags={}).notices
     for settings in ({}, SETTINGS):
         found = resolve(TYPES, flags=settings)
-        assert not found.notices and not any(found.get(options).enabled() for options in SWITCHES.values())
+        assert not any(found.get(options).enabled() for options in SWITCHES.values())
+    assert len(found.notices) == len(set(SWITCHES.values())) and all("no effect" in notice for notice in found.notices)
     assert found.get(GroupOffloadOptions).group_offload_blocks_per_group == 2 and found.get(StartupOptions).offload_during_startup
 
 
