@@ -264,7 +264,8 @@ def test_a_page_to_pass_on_holds_its_samples(made: Path, tmp_path: Path, monkeyp
 def test_the_command_says_what_is_wrong(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tuner(["report", str(tmp_path / "nowhere")]) == 2 and "no such folder" in capsys.readouterr().err
     assert tuner(["report", str(tmp_path)]) == 2 and "there is no run in this folder" in capsys.readouterr().err
-    assert tuner(["report", str(made), "--output", str(tmp_path / "no folder" / "x.html")]) == 9
+    (tmp_path / "a file").write_text("")
+    assert tuner(["report", str(made), "--output", str(tmp_path / "a file" / "x.html")]) == 9
     assert "--output" in capsys.readouterr().err
     for name in ("a", "b"):
         RunFolder(tmp_path / name).event("started")

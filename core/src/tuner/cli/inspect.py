@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +16,9 @@ from tuner.cli.status_line import CacheBar, is_interactive
 from tuner.cli.table import columns
 from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings
-from tuner.errors import ConfigError, DataError, DiskError
+from tuner.errors import ConfigError, DataError
 from tuner.plugins.registry import Registry
+from tuner.text_files import replace_text
 
 if TYPE_CHECKING:
     from tuner.data.epochs import GroupTurns
@@ -43,7 +42,7 @@ def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) ->
     else:
         click.echo(_text(inspection, problems=arguments["problems"]))
     if page:
-        _write(page, contact_sheet(inspection))
+        replace_text(page, contact_sheet(inspection))
         click.echo(f"contact sheet: {page}", err=True)
     if settings.get(DataSettings).strict and not inspection.flawless:
         raise DataError(f"strict is on, and {_faults(inspection)}", where="strict", remedy="see above; --problems shows those files alone")
@@ -62,17 +61,6 @@ def _page_path(given: str | None, *, quick: bool) -> Path | None:
     if quick:
         raise ConfigError("a contact sheet shows decoded files, --quick decodes none", where="html", value=given, remedy="leave one out")
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise DiskError(f"cannot be written: {error.strerror}", where=str(path)) from error
 
 
 def _faults(inspection: Inspection) -> str:

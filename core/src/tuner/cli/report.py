@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+from tuner.text_files import replace_text
 from tuner.watch.folder import REPORT, one_run
 from tuner.watch.history import read_history
-from tuner.watch.report import render, write_file
+from tuner.watch.report import render
 
 
 @click.command("report")
@@ -22,5 +23,5 @@ def command(run: Path, output: Path | None) -> None:
     """
     files = one_run(run)
     target = output or files.path / REPORT
-    write_file(target, render(read_history(files.path), single_file=output is not None))
+    replace_text(target, render(read_history(files.path), single_file=output is not None), remedy="name another file with --output")
     click.echo(target)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from tuner.config.masking import masked
 from tuner.config.resolve import Settings, read_object
 from tuner.config.vocabulary import Vocabulary
-from tuner.errors import ConfigError, DiskError
+from tuner.errors import ConfigError
+from tuner.text_files import replace_text
 
 
 def apply_keys(path: Path, keys: Mapping[str, object], vocabulary: Vocabulary, settings: Settings) -> str:
@@ -62,20 +61,5 @@ def _check_conflicts(path: Path, keys: Mapping[str, object], spelled: Mapping[st
 
 
 def write(path: Path, content: object) -> None:
-    """Writes JSON, or leaves the file as it was. A link is followed; the rights of an existing file stay. Raises `DiskError`."""
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            temporary.chmod(target.stat().st_mode & 0o777)
-        temporary.replace(target)
-    except OSError as error:
-        raise DiskError(f"cannot be written: {error.strerror}", where=str(path)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    """Writes JSON, or leaves the file as it was. Raises `DiskError`."""
+    replace_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -23,6 +23,7 @@ from tuner.interfaces.losses import LossTerm
 from tuner.interfaces.memory import MemoryPlan, MemoryStrategy, Quantizer
 from tuner.plugins.record import Kind
 from tuner.train import costs
+from tuner.train.accumulation import batches_together
 from tuner.train.costs import Job, Precision
 from tuner.train.footprint import Footprint, Trained, measure
 from tuner.train.machine import GIB, RESERVE, SPARE, Machine, find_machine
@@ -250,7 +251,10 @@ def job_for(
     asked = Trained(tuple(streams), shape, train.train_batch_size, None if full else adapters)
     terms = [FlowMatchingLoss(name, family.stream_weights().get(name, 1.0)) for name in family.learned_streams(streams)]
     footprints = _measured(model, facts, asked, terms, ways)
-    joint = replace(asked, together=_together(model, next(iter(footprints.values()))))
+    regularized = any(settings.get(c.options).enabled() for c in model.registry.components("regularizer"))
+    outside = bool(next(iter(footprints.values())).trained[1])
+    batches = batches_together(settings.get(OptimizerSettings), streamed=True, outside=outside, regularized=regularized)
+    joint = replace(asked, together=batches)
     together = _measured(model, facts, joint, terms, ways) if joint.together > 1 else {}
     return Job(model, facts, footprints, costs.optimizer_cost(model), replays(model), world, host, together)
 
@@ -265,15 +269,6 @@ def _measured(
         found = measure(model.family, model.source, facts, asked, terms, model.context.dtype, missing)
         MEASURED.update({(key, way): footprint for way, footprint in found.items()})
     return {way: MEASURED[key, way] for way in ways}
-
-
-def _together(model: ModelPlan, found: Footprint) -> int:
-    """How many batches of a step go through streamed blocks together, as `tuner.train.assemble` will decide."""
-    settings = model.settings.get(OptimizerSettings)
-    order, steps = settings.gradient_accumulation_order, settings.gradient_accumulation_steps
-    if order == "batch" or any(model.settings.get(c.options).enabled() for c in model.registry.components("regularizer")):
-        return 1
-    return steps if order == "layer" or not found.trained[1] else 1
 
 
 def replays(model: ModelPlan) -> bool:

@@ -26,6 +26,7 @@ from tuner.model.adapters import add_adapters, resolve_targets
 from tuner.model.compiled import CompiledBlocks
 from tuner.model.runner import BlockRunner
 from tuner.train import reflexflow
+from tuner.train.accumulation import batches_together
 from tuner.train.activations import budgeted, policy
 from tuner.train.execute import Execution, GraphExecution, PlainExecution, reasons_against_graphs
 from tuner.train.masters import MasterWeights
@@ -141,22 +142,12 @@ def _execution(
 
 
 def together(plan: Plan, runner: BlockRunner, trained: Mapping[str, nn.Parameter]) -> int:
-    """How many batches of an optimizer step each block takes while its weights are there.
-
-    Chosen where weights come and go, so that they come once for all batches, and the numbers stay the same to the last bit: gradients of
-    a block are added up in the order of the batches either way, those of weights outside the blocks are not. Regularizers prepare one
-    batch at a time. Raises `ConfigError` where it is asked for and impossible.
-    """
-    settings = plan.settings.get(OptimizerSettings)
-    if settings.gradient_accumulation_order == "batch" or settings.gradient_accumulation_steps == 1:
-        return 1
-    if plan.regularizers:
-        return 1
-    if settings.gradient_accumulation_order == "auto":
-        inside = {id(parameter) for block in runner.blocks.blocks for parameter in block.parameters()}
-        if type(runner.session) is MemorySession or any(id(parameter) not in inside for parameter in trained.values()):
-            return 1
-    return settings.gradient_accumulation_steps
+    """How many batches of an optimizer step go through the blocks together."""
+    inside = {id(parameter) for block in runner.blocks.blocks for parameter in block.parameters()}
+    return batches_together(
+        plan.settings.get(OptimizerSettings), streamed=type(runner.session) is not MemorySession,
+        outside=any(id(parameter) not in inside for parameter in trained.values()), regularized=bool(plan.regularizers),
+    )  # fmt: skip
 
 
 def add_trainable(plan: Plan, model: nn.Module, device: torch.device) -> list[tuple[str, nn.Parameter]]:

@@ -13,12 +13,12 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from tuner.errors import CheckpointError, DiskError
+from tuner.text_files import replace_text
 
 FOLDER: Final = "outbox"
 RECORD: Final = "outbox.json"
@@ -69,11 +69,11 @@ class Outbox:
     def save(self) -> None:
         """Writes outbox.json. Raises `DiskError`."""
         facts = {key: value for key, value in asdict(self).items() if key != "run"}
-        _write(self.run / FOLDER / RECORD, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        replace_text(self.run / FOLDER / RECORD, json.dumps(facts, indent=2, ensure_ascii=False) + "\n", remedy="free some space")
 
     def with_card(self, text: str, named: str) -> Outbox:
         """Replaces the card, which calls the repository `named`. Raises `DiskError`."""
-        _write(self.card, text)
+        replace_text(self.card, text, remedy="free some space")
         changed = replace(self, named=named)
         changed.save()
         return changed
@@ -142,14 +142,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise DiskError(f"cannot be written: {error.strerror}", where=str(path), remedy="free some space") from error

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 
-from tuner.errors import DiskError
 from tuner.html.page import Html, data_block, element, page
 from tuner.watch import sections
 from tuner.watch.charts import chart_data, charts
@@ -51,16 +48,3 @@ def render(history: History, *, single_file: bool = False, made: str = "") -> Ht
 def part_of_page(name: str) -> str:
     """The style sheet or the script, which lie beside this module."""
     return (resources.files("tuner.watch") / name).read_text(encoding="utf-8")
-
-
-def write_file(path: Path, text: str) -> None:
-    """Replaces `path` in one go. Raises `DiskError`."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
-        temporary.replace(path)
-    except OSError as error:
-        raise DiskError(f"cannot be written: {error.strerror}", where=str(path), remedy="name another file with --output") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
