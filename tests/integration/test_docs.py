@@ -8,12 +8,14 @@ all numbers taken as equal. "Save this as `NAME`" writes the snippet below it to
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +200,8 @@ def test_every_snippet_runs(page: str, tmp_path: Path, capsys: pytest.CaptureFix
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the variable is read when the client is imported; nothing may be uploaded
     monkeypatch.setattr(sys, "argv", ["page"])
+    # Readers have activated the environment: a shell line that begins with a variable calls its commands.
+    monkeypatch.setenv("PATH", sysconfig.get_path("scripts"), prepend=os.pathsep)
     found = list(snippets(page))
     if page != TUTORIAL and found:
         for name in ("cat", "dog"):
