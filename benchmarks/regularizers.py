@@ -27,7 +27,7 @@ from plain import WORK, Shape, Size
 from product import ProductStep, Setup
 from step import describe_machine
 from tuner.train.execute import GraphExecution, PlainExecution
-from tuner.train.footprint import LiveBytes
+from tuner.train.forecast.footprint import LiveBytes
 
 LEAST_SPEED = 1.6
 """How many times as fast a step with TREAD must be."""

@@ -11,7 +11,8 @@ import pytest
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from tuner.train import licence, publish
+from tuner.model import licence
+from tuner.train.publish import upload
 
 
 def refusal(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
@@ -73,7 +74,7 @@ class HubStub:
 
     def install(self, patch: pytest.MonkeyPatch, token: str | None = "hf_secret") -> HubStub:
         """Takes the place of the client, with a token in its usual place."""
-        for module in (publish, licence):
+        for module in (upload, licence):
             patch.setattr(module, "HfApi", self)
-        patch.setattr(publish, "get_token", lambda: token)
+        patch.setattr(upload, "get_token", lambda: token)
         return self

@@ -11,8 +11,8 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from tuner.interfaces.services import CardFacts
-from tuner.train.card import Base, Card, publishable
-from tuner.train.licence import UNKNOWN_LICENCE, Licence, base_licence
+from tuner.model.licence import UNKNOWN_LICENCE, Licence, base_licence
+from tuner.train.publish.card import Base, Card, publishable
 
 COMMIT = "c0ffee" + "0" * 34
 LICENCE = Licence("other", "some: community licence", "https://hub/licence")

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tuner.errors import CheckpointError, DiskError
-from tuner.train import checkpoint
-from tuner.train.checkpoint import (
+from tuner.train.saving import checkpoint
+from tuner.train.saving.checkpoint import (
     checkpoints,
     differences,
     find_checkpoint,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tuner.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from tuner.train.saving.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 SCENARIOS = {"after killed ones": (1, 2, 3, 2, 1), "the only one replaced": (2, 2, 2, 1, 0)}
 """Two steps saved beforehand, the step of the killed save, how many it keeps, and whether it finds the remains of killed ones."""
@@ -23,7 +23,7 @@ VICTIMS = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 import torch
-from tuner.train.checkpoint import save_checkpoint
+from tuner.train.saving.checkpoint import save_checkpoint
 
 torch.set_num_threads(1)
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"}
@@ -115,7 +115,7 @@ import os, shutil, sys
 from pathlib import Path
 import torch
 from tuner.errors import DiskError
-from tuner.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from tuner.train.saving.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 run = Path(sys.argv[1]) / "run"
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tuner.errors import CheckpointError
-from tuner.train.checkpoint import flatten_state, load_checkpoint, restore_state, save_checkpoint
+from tuner.train.saving.checkpoint import flatten_state, load_checkpoint, restore_state, save_checkpoint
 
 
 def adamw_8bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

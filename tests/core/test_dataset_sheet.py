@@ -17,8 +17,8 @@ from tuner.config.datasets import load_datasets
 from tuner.config.settings import DataSettings
 from tuner.data.manifest import Manifest, survey
 from tuner.data.workers import DecodeWorkers
-from tuner.train import dataset_sheet
-from tuner.train.dataset_sheet import COLUMNS, describe_clip, describe_dataset, spread, wave
+from tuner.inspect import dataset_sheet
+from tuner.inspect.dataset_sheet import COLUMNS, describe_clip, describe_dataset, spread, wave
 
 
 @pytest.fixture(scope="module")

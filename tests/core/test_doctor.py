@@ -17,12 +17,12 @@ import torch
 from tuner.cli.main import run
 from tuner.component import Component
 from tuner.config.options import Options
+from tuner.doctor import machine as machine
+from tuner.doctor import software as software
+from tuner.doctor.findings import Check, Row, examine, exit_code
 from tuner.errors import EnvironmentProblem
 from tuner.hookspecs import hookimpl
 from tuner.plugins.loader import load_plugins
-from tuner.train import health_machine as machine
-from tuner.train import health_software as software
-from tuner.train.health import Check, Row, examine, exit_code
 
 Capture = pytest.CaptureFixture[str]
 

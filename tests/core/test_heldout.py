@@ -13,8 +13,8 @@ from tuner.data.records import RecordPlaces
 from tuner.interfaces.family import Noise, StreamNoise
 from tuner.testing.clips import write_clip
 from tuner.testing.project import TinyProject, Trial
-from tuner.train.heldout import SEED, HeldOutLosses, held_out_losses, held_out_sample, levels
-from tuner.train.validation_plan import family_encoders
+from tuner.train.samples.heldout import SEED, HeldOutLosses, held_out_losses, held_out_sample, levels
+from tuner.train.samples.plan import family_encoders
 
 torch.set_num_threads(1)
 

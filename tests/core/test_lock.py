@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from tuner.errors import ConfigError, DiskError
-from tuner.train.lock import FolderLock
+from tuner.train.saving.lock import FolderLock
 
 HOLDER = """
 import sys
 from pathlib import Path
-from tuner.train.lock import FolderLock
+from tuner.train.saving.lock import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

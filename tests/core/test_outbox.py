@@ -18,11 +18,11 @@ from core.hub_stub import HubStub, refusal
 from tuner.cli.main import run
 from tuner.config.resolve import Settings, resolve
 from tuner.errors import CheckpointError, ConfigError, DiskError, HubError
+from tuner.model.licence import UNKNOWN_LICENCE
 from tuner.plugins.loader import load_plugins
-from tuner.train import outbox as boxes
-from tuner.train.licence import UNKNOWN_LICENCE
-from tuner.train.outbox import Outbox, fill, last_samples, read, repository_name
-from tuner.train.publish import check_destination, send
+from tuner.train.publish import outbox as boxes
+from tuner.train.publish.outbox import Outbox, fill, last_samples, read, repository_name
+from tuner.train.publish.upload import check_destination, send
 
 CARD = f"---\nlicense: other\ntags:\n- lora\n---\n\n# waves\n\n{UNKNOWN_LICENCE}\n\nload OWNER/waves\n"
 
@@ -210,5 +210,5 @@ def test_push_sends_later(
 
 
 def test_pushing_costs_no_torch() -> None:
-    code = "import sys, tuner.cli.push, tuner.train.outbox, tuner.train.publish; sys.exit('torch' in sys.modules)"
+    code = "import sys, tuner.cli.push, tuner.train.publish.outbox, tuner.train.publish.upload; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -194,7 +194,8 @@ def test_whatever_is_masked_is_strict_json_and_stays_so(value: object) -> None:
 
 
 def test_importing_costs_no_torch() -> None:
-    code = "import sys, tuner.train.run, tuner.train.lock, tuner.train.signals, tuner.cli.status_line; sys.exit('torch' in sys.modules)"
+    modules = "tuner.train.run, tuner.train.saving.lock, tuner.train.signals, tuner.cli.status_line"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -19,7 +19,7 @@ from tuner.testing.clips import moving_picture, tone
 from tuner.testing.conformance import shared_folder
 from tuner.testing.encoders import TinySound, TinyText, TinyVideo, decode_sound, decode_video
 from tuner.testing.family import tiny_source
-from tuner.train.checkpoint import load_checkpoint
+from tuner.train.saving.checkpoint import load_checkpoint
 
 CPU = torch.device("cpu")
 

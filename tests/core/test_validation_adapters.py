@@ -21,8 +21,8 @@ from tuner.interfaces.services import AdapterState
 from tuner.model import hub
 from tuner.model.adapters import ADAPTER, adapted_layers
 from tuner.testing.project import TinyProject
-from tuner.train import sample_adapters
-from tuner.train.sample_adapters import AdapterRun, AdapterUse, adapter_runs, added, locate_adapter
+from tuner.train.samples import adapters as sample_adapters
+from tuner.train.samples.adapters import AdapterRun, AdapterUse, adapter_runs, added, locate_adapter
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 
 from tuner.config.validation_settings import ValidationSettings
 from tuner.errors import ConfigError
-from tuner.train.prompts import label, library_path, prompts, unused
+from tuner.train.samples.prompts import label, library_path, prompts, unused
 
 
 def settings(**keys: object) -> ValidationSettings:

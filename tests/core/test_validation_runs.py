@@ -17,9 +17,9 @@ from tuner.interfaces.family import Generated
 from tuner.testing.clips import write_clip
 from tuner.testing.family import TinyFamily
 from tuner.testing.project import TinyProject
-from tuner.train import validation
 from tuner.train.execute import PlainExecution
 from tuner.train.run import RunFolder
+from tuner.train.samples import validation
 from tuner.train.session import Outcome, Silence
 from tuner.train.session import train as session_train
 from tuner_offload import plugin as offload

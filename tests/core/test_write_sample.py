@@ -11,7 +11,7 @@ from tuner.data.media import decode_audio
 from tuner.errors import ConfigError, DiskError, NumericError
 from tuner.interfaces.encoders import AudioClip, VideoClip
 from tuner.interfaces.family import Generated
-from tuner.train.validate import write_sample
+from tuner.train.samples.validate import write_sample
 
 
 @pytest.mark.parametrize("channels", [1, 2])

@@ -27,7 +27,7 @@ from tuner.hookspecs import hookimpl
 from tuner.interfaces.services import Tracker
 from tuner.plugins.loader import load_plugins
 from tuner.plugins.registry import Registry
-from tuner.train.checkpoint import load_checkpoint
+from tuner.train.saving.checkpoint import load_checkpoint
 from tuner.train.session import train
 
 Capture = pytest.CaptureFixture[str]

@@ -23,9 +23,9 @@ from tuner.config.questions import DatasetAnswers, limits, questions_of
 from tuner.config.settings import AdapterSettings, TrainSettings
 from tuner.config.vocabulary import keys_of
 from tuner.data.survey import look_at
+from tuner.doctor import machine as health_machine
 from tuner.errors import ConfigError, DataError
 from tuner.plugins.loader import load_plugins
-from tuner.train import health_machine
 
 Capture = pytest.CaptureFixture[str]
 CONFIG, DATASET = Path("config/config.json"), Path("config/dataset.json")

@@ -21,7 +21,7 @@ from integration.test_ranks import Pair
 from offload.simulated import SimulatedLink
 from regularizers.teacher_hub import asked, teacher_hub
 from tuner.errors import CheckpointError, HubError
-from tuner.train.checkpoint import load_checkpoint
+from tuner.train.saving.checkpoint import load_checkpoint
 from tuner_ltxvideo2.tiny import TinyPaths
 from tuner_offload import block_swap, group, ramtorch
 from tuner_regularizers.crepa import Crepa

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from integration.processes import KILL_AT, Launcher
 from integration.project import Project, add_clip, add_damaged_clip
-from tuner.train.checkpoint import load_checkpoint
+from tuner.train.saving.checkpoint import load_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 

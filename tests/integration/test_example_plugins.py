@@ -27,8 +27,8 @@ from offload.simulated import SimulatedLink
 from tuner.config.resolve import resolve
 from tuner.plugins.loader import load_plugins
 from tuner.plugins.registry import Registry
-from tuner.train.checkpoint import load_checkpoint
 from tuner.train.plan import PlanProblems
+from tuner.train.saving.checkpoint import load_checkpoint
 from tuner.train.session import Silence, train
 from tuner_ltxvideo2.tiny import TinyPaths
 from tuner_offload import group

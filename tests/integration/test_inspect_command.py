@@ -28,9 +28,9 @@ from tuner.data.items import Item, Status, Verdict
 from tuner.data.manifest import Manifest
 from tuner.errors import ConfigError
 from tuner.hookspecs import hookimpl
+from tuner.inspect.contact_sheet import contact_sheet
+from tuner.inspect.inspection import find_family, inspect
 from tuner.plugins.loader import load_plugins
-from tuner.train.contact_sheet import contact_sheet
-from tuner.train.inspection import find_family, inspect
 from tuner_ltxvideo2.family import LTX2Family
 
 Capture = pytest.CaptureFixture[str]

@@ -21,11 +21,11 @@ from integration.project import Project, add_clip
 from tuner.config.resolve import Settings, resolve
 from tuner.data.dataset import TrainingSet
 from tuner.data.media import probe
+from tuner.model.licence import UNKNOWN_LICENCE
 from tuner.plugins.loader import load_plugins
 from tuner.plugins.registry import Registry
-from tuner.train.licence import UNKNOWN_LICENCE
 from tuner.train.plan import make_plan
-from tuner.train.sample import Trained, generate
+from tuner.train.samples.sample import Trained, generate
 from tuner_ltxvideo2.tiny import TinyPaths
 
 CAPTION = "a red ball rolls slowly over green grass while birds sing"

@@ -18,8 +18,8 @@ from tuner.data.dataset import TrainingSet
 from tuner.interfaces.family import Batch, Noise
 from tuner.plugins.loader import load_plugins
 from tuner.train.assemble import assemble
-from tuner.train.checkpoint import load_checkpoint
 from tuner.train.plan import make_plan
+from tuner.train.saving.checkpoint import load_checkpoint
 from tuner_ltxvideo2.loading import CombinedFile, build_part
 from tuner_ltxvideo2.tiny import TinyPaths
 from tuner_ltxvideo2.variants import variant_of

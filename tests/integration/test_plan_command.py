@@ -21,10 +21,10 @@ from tuner.interfaces.family import BuildContext, ClipShape, ModelFacts, Variant
 from tuner.interfaces.memory import MemoryPlan
 from tuner.model.placing import RunMemory
 from tuner.plugins.loader import load_plugins
-from tuner.train import advise, costs
-from tuner.train.costs import Job
-from tuner.train.footprint import Trained, measure
-from tuner.train.machine import GIB, find_machine
+from tuner.train.forecast import advise, costs
+from tuner.train.forecast.costs import Job
+from tuner.train.forecast.footprint import Trained, measure
+from tuner.train.forecast.machine import GIB, find_machine
 from tuner.train.plan import ModelPlan, Plan, make_plan
 from tuner_ltxvideo2.family import LTX2Family, block_counts, linear_layers
 from tuner_ltxvideo2.loading import empty_part

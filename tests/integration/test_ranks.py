@@ -12,7 +12,7 @@ import torch
 
 from integration.processes import KILL_AT, Launcher
 from integration.project import Project, add_damaged_clip
-from tuner.train.checkpoint import load_checkpoint
+from tuner.train.saving.checkpoint import load_checkpoint
 
 TRAIN = {"train_batch_size": 1, "checkpoint_step_interval": 0, "max_train_steps": 3}
 

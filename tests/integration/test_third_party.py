@@ -13,7 +13,7 @@ from integration.project import Project
 from tuner.config.resolve import resolve
 from tuner.errors import ConfigError
 from tuner.plugins.loader import load_plugins
-from tuner.train.checkpoint import load_checkpoint
+from tuner.train.saving.checkpoint import load_checkpoint
 from tuner.train.session import Outcome, Silence, train
 
 ON = {"brightness_weight": 0.5, "shrink_weight": 0.1, "watch_blocks": True}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from integration.project import Project
-from tuner.train.checkpoint import load_checkpoint
+from tuner.train.saving.checkpoint import load_checkpoint
 from tuner_ltxvideo2.tiny import write_tiny
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from integration.project import Project, add_clip, moving_picture, tone
 from tuner.data.media import probe, write_wav
 from tuner.interfaces.family import Generated
-from tuner.train import validation
-from tuner.train.validate import write_sample
+from tuner.train.samples import validation
+from tuner.train.samples.validate import write_sample
 from tuner_ltxvideo2.text import TextEncoder
 from tuner_ltxvideo2.tiny import TinyPaths
 

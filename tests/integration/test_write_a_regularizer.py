@@ -17,7 +17,7 @@ import pytest
 
 from integration.test_docs import Snippet, commands, compare, snippets
 from tuner.cli.main import run
-from tuner.train.checkpoint import load_checkpoint
+from tuner.train.saving.checkpoint import load_checkpoint
 
 PAGE = "docs/tutorial/write-a-regularizer.md"
 PACKAGE = "tuner_dispersive"

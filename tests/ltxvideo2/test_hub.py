@@ -17,7 +17,7 @@ from tuner.config.settings import ModelSettings
 from tuner.errors import CheckpointError, ConfigError, DiskError, HubError
 from tuner.interfaces.family import BuildContext
 from tuner.plugins.loader import load_plugins
-from tuner.train.validate import adjustments, planned_request
+from tuner.train.samples.validate import adjustments, planned_request
 from tuner_ltxvideo2 import hub
 from tuner_ltxvideo2.family import LTX2Family
 from tuner_ltxvideo2.loading import CombinedFile

@@ -17,7 +17,7 @@ from tuner.errors import ConfigError
 from tuner.plugins.loader import load_plugins
 
 if TYPE_CHECKING:
-    from tuner.train.health import Row
+    from tuner.doctor.findings import Row
 
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
@@ -32,7 +32,7 @@ def command(config: Path | None, online: bool, as_json: bool) -> int:
 
     Exit code 0 when training would work here, 3 when something required is missing or too old, 2 when only the configuration is wrong.
     """
-    from tuner.train.health import examine, exit_code  # with packaging
+    from tuner.doctor.findings import examine, exit_code  # with packaging
 
     rows = examine(checks(config, online))
     if as_json:
@@ -45,9 +45,9 @@ def command(config: Path | None, online: bool, as_json: bool) -> int:
 
 def checks(config: Path | None, online: bool) -> list:  # type: ignore[type-arg]
     """All of them, in the order in which one thing needs the other."""
-    from tuner.train import health_machine as machine
-    from tuner.train import health_software as software
-    from tuner.train.health import Check, problem_of
+    from tuner.doctor import machine as machine
+    from tuner.doctor import software as software
+    from tuner.doctor.findings import Check, problem_of
 
     registry = load_plugins()
     file, settings, broken = find_config(config, Path.cwd()), None, None

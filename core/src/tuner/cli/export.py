@@ -15,7 +15,7 @@ from tuner.plugins.registry import Registry
 
 def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) -> int:
     """Reads the adapter, checks it against the model where one is named, writes the file."""
-    from tuner.train.export import export  # torch
+    from tuner.train.saving.export import export  # torch
 
     target = Path(arguments["output"]) if arguments["output"] else None
     written = export(registry, settings, Path(arguments["source"]), target, arguments["layout"])

@@ -22,7 +22,7 @@ from tuner.text_files import replace_text
 
 if TYPE_CHECKING:
     from tuner.data.epochs import GroupTurns
-    from tuner.train.inspection import Inspection, Row, SoundRow
+    from tuner.inspect.inspection import Inspection, Row, SoundRow
 
 HEADERS = ("DATASET", "FILE", "SIZE", "FPS", "LENGTH", "BUCKET", "SOUND", "WORDS", "VERDICT")
 
@@ -30,8 +30,8 @@ HEADERS = ("DATASET", "FILE", "SIZE", "FPS", "LENGTH", "BUCKET", "SOUND", "WORDS
 def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) -> int:
     """Prints rows and totals, or the object, and writes the contact sheet. Raises `DataError` for what `strict` does not allow."""
     page = _page_path(arguments["html"], quick=arguments["quick"])
-    from tuner.train.contact_sheet import PICTURED, contact_sheet  # torch
-    from tuner.train.inspection import inspect
+    from tuner.inspect.contact_sheet import PICTURED, contact_sheet  # torch
+    from tuner.inspect.inspection import inspect
 
     console = Console(stderr=True, highlight=False)
     with CacheBar(console, interactive=is_interactive(console)) as bar:

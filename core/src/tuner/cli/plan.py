@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
 
     from tuner.interfaces.family import ClipShape
-    from tuner.train.advise import Row
-    from tuner.train.costs import Job
-    from tuner.train.machine import Machine
+    from tuner.train.forecast.advise import Row
+    from tuner.train.forecast.costs import Job
+    from tuner.train.forecast.machine import Machine
 
 UNITS = {"": 2**30, "b": 1, "mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30, "tib": 2**40, "m": 2**20, "g": 2**30}
 """Bytes; a number alone means GiB, as the sizes of graphics cards are given."""
@@ -71,8 +71,8 @@ def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) ->
     """Prints the table, or the object; writes the first row's keys where asked to. Raises `OutOfMemoryError` where nothing fits."""
     import torch
 
-    from tuner.train.advise import rank, rows
-    from tuner.train.machine import find_machine
+    from tuner.train.forecast.advise import rank, rows
+    from tuner.train.forecast.machine import find_machine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = find_machine(device, arguments["gpu_memory"] or 0, arguments["host_memory"] or 0)
@@ -96,7 +96,7 @@ def find_job(
 ) -> tuple[Job, str]:
     """What is to be trained, and in words what it was measured with: the dataset's largest bucket, or the shape asked for."""
     from tuner.config.settings import TrainSettings
-    from tuner.train.advise import job_for, largest
+    from tuner.train.forecast.advise import job_for, largest
     from tuner.train.plan import find_clips, plan_model
 
     model = plan_model(registry, settings, device, scratch=scratch)
@@ -115,7 +115,7 @@ def find_job(
 
 
 def _nothing_fits(ranked: Sequence[Row], job: Job, machine: Machine) -> OutOfMemoryError:
-    from tuner.train.advise import describe, gib
+    from tuner.train.forecast.advise import describe, gib
 
     nearest = next((row for row in ranked if not row.problem), ranked[0])
     if nearest.problem:
@@ -130,7 +130,7 @@ def _nothing_fits(ranked: Sequence[Row], job: Job, machine: Machine) -> OutOfMem
 # --- showing -----------------------------------------------------------------------------------------------------
 def _text(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> str:
     """The table for people."""
-    from tuner.train.advise import gib
+    from tuner.train.forecast.advise import gib
 
     fitting, impossible = [row for row in ranked if row.fits(machine)], [row for row in ranked if row.problem]
     too_large = len(ranked) - len(fitting) - len(impossible)
@@ -149,7 +149,7 @@ def _text(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> str:
 
 
 def _cells(row: Row, job: Job, machine: Machine) -> tuple[str, ...]:
-    from tuner.train.advise import gib, lines
+    from tuner.train.forecast.advise import gib, lines
 
     mark = ("*" if row.current else "") + ("" if row.fits(machine) else "!")
     pairs = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in lines(row, job.model).items())
@@ -162,7 +162,7 @@ def _cells(row: Row, job: Job, machine: Machine) -> tuple[str, ...]:
 
 def _object(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> dict[str, object]:
     """The same for programs, with all rows."""
-    from tuner.train.advise import lines
+    from tuner.train.forecast.advise import lines
 
     return {
         "machine": {"name": machine.name, "memory": machine.memory, "host_memory": machine.host, "speed": machine.words},

@@ -16,10 +16,10 @@ def command(run_folder: Path, repo: str, public: bool) -> None:
 
     They lie in the folder `outbox` of the run, where the model card can be edited first. Uploading again replaces what has changed.
     """
-    from tuner.train import outbox, publish
-    from tuner.train.lock import FolderLock
+    from tuner.train.publish import outbox, upload
+    from tuner.train.saving.lock import FolderLock
 
     outbox.read(run_folder)  # says what is wrong with the folder before a lock is put into it
     with FolderLock(run_folder):
-        sent = publish.send(outbox.read(run_folder), repo, private=False if public else None)
-    click.echo(publish.page(sent.repository))
+        sent = upload.send(outbox.read(run_folder), repo, private=False if public else None)
+    click.echo(upload.page(sent.repository))

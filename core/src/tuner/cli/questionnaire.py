@@ -32,8 +32,8 @@ from tuner.plugins.registry import CHOSEN_BY, Registry
 
 if TYPE_CHECKING:
     from tuner.data.survey import Survey
-    from tuner.train.advise import Row
-    from tuner.train.machine import Machine
+    from tuner.train.forecast.advise import Row
+    from tuner.train.forecast.machine import Machine
     from tuner.train.plan import ModelPlan
 
 PRECISION = "base_model_precision"
@@ -81,7 +81,7 @@ class Questionnaire:
 
     # --- parts -----------------------------------------------------------------------------------------------------
     def _machine(self) -> None:
-        from tuner.train.health_machine import driver_cards  # asks the driver, imports no torch
+        from tuner.doctor.machine import driver_cards  # asks the driver, imports no torch
 
         cards = driver_cards()
         if cards and cards[0].memory:
@@ -164,7 +164,7 @@ class Questionnaire:
 
     def _planned(self, memory: int) -> None:
         """Raises `TunerError` where the model cannot be looked at or nothing fits."""
-        from tuner.train.advise import describe
+        from tuner.train.forecast.advise import describe
 
         ranked, machine, model = _fitting(self._registry, self._flags_so_far, memory)
         if not ranked:
@@ -236,7 +236,7 @@ class Questionnaire:
 
     def _lacks(self, kind: Kind, name: str) -> str:
         """What the component of this name needs and is not installed. Raises `ConfigError`, `PluginError`."""
-        from tuner.train.health_software import lacking
+        from tuner.doctor.software import lacking
 
         words, pip = lacking(self._registry, kind, self._registry.component(kind, name))
         return f"{words}: {pip}" if words else ""
@@ -261,8 +261,8 @@ def _fitting(
     import torch
 
     from tuner.cli.plan import find_job
-    from tuner.train.advise import rank, rows
-    from tuner.train.machine import find_machine
+    from tuner.train.forecast.advise import rank, rows
+    from tuner.train.forecast.machine import find_machine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = find_machine(device, memory)

@@ -15,7 +15,7 @@ from tuner.plugins.registry import Registry
 
 def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) -> int:
     """Loads the model, puts what was trained over it, generates, writes."""
-    from tuner.train.sample import GivenFiles, Trained, sample  # torch
+    from tuner.train.samples.sample import GivenFiles, Trained, sample  # torch
 
     weights, first_frame, sound = (Path(arguments[name]) if arguments[name] else None for name in ("weights", "first_frame", "given_sound"))
     trained, given = Trained(weights, arguments["lora"] or "", arguments["strength"]), GivenFiles(first_frame, sound)

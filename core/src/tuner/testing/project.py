@@ -30,10 +30,10 @@ from tuner.plugins.loader import ONLY, load_plugins
 from tuner.plugins.registry import Registry
 from tuner.testing.clips import write_clip
 from tuner.train.assemble import Assembly, assemble
-from tuner.train.checkpoint import flatten_state
 from tuner.train.loop import Loop
 from tuner.train.plan import Plan, make_plan, with_manifest
-from tuner.train.results import write_adapter_files
+from tuner.train.saving.checkpoint import flatten_state
+from tuner.train.saving.results import write_adapter_files
 from tuner.train.session import Outcome, Silence, encode_dataset, train
 from tuner.train.signals import StopRequests
 from tuner.train.step import train_step

@@ -1,7 +1,8 @@
 """`gradient_checkpointing: auto`: the activations of as many blocks are kept as the device's memory takes.
 
-How many is forecast before the run (`tuner.train.advise`) and corrected once after the first steps by what they really took. Blocks at the
-end of the model are kept, whose activations are freed first on the way back. Which blocks are recomputed changes no bit of a gradient.
+How many is forecast before the run (`tuner.train.forecast.advise`) and corrected once after the first steps by what they really took.
+Blocks at the end of the model are kept, whose activations are freed first on the way back. Which blocks are recomputed changes no bit
+of a gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tuner.config.settings import ModelSettings
 from tuner.interfaces.family import Batch
 from tuner.model.runner import BlockRunner, Checkpointing
 from tuner.train.execute import Execution
-from tuner.train.machine import RESERVE, SPARE
+from tuner.train.forecast.machine import RESERVE, SPARE
 from tuner.train.step import Item, StepResult
 
 if TYPE_CHECKING:

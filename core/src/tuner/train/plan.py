@@ -27,10 +27,10 @@ from tuner.model.host import free_host_memory
 from tuner.model.placing import RunMemory
 from tuner.plugins.record import Kind
 from tuner.train import rules
-from tuner.train.advise import Predicted, forecast
+from tuner.train.forecast.advise import Predicted, forecast
+from tuner.train.samples.plan import NO_VALIDATION, ValidationPlan, validation_of
+from tuner.train.samples.validate import adjustments, wants_samples
 from tuner.train.trackers import chosen_trackers
-from tuner.train.validate import adjustments, wants_samples
-from tuner.train.validation_plan import NO_VALIDATION, ValidationPlan, validation_of
 
 if TYPE_CHECKING:
     from tuner.plugins.registry import Registry

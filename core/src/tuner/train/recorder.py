@@ -11,8 +11,8 @@ from types import TracebackType
 
 from tuner.data.manifest import Manifest
 from tuner.errors import DiskError
+from tuner.inspect.dataset_sheet import describe_dataset
 from tuner.plugins.record import reason_of
-from tuner.train.dataset_sheet import describe_dataset
 from tuner.train.run import RunFolder, now
 from tuner.watch.pace import MemoryReading, StepTimer, read_memory
 from tuner.watch.report import write_report

@@ -19,24 +19,24 @@ from tuner.data.dataset import TrainingSet
 from tuner.data.manifest import require_usable
 from tuner.errors import DiskError, EnvironmentProblem, TunerError
 from tuner.plugins.registry import Registry
-from tuner.train.advise import full_device
 from tuner.train.agreement import Ranks
 from tuner.train.assemble import Assembly, assemble
 from tuner.train.caching import CacheSummary, fill_cache
-from tuner.train.card import fill_outbox
-from tuner.train.lock import FolderLock
+from tuner.train.forecast.advise import full_device
 from tuner.train.loop import Loop
-from tuner.train.outbox import Outbox
 from tuner.train.plan import Plan, make_plan, with_manifest
-from tuner.train.publish import Destination, check_destination, later, page, planned_destination, send
+from tuner.train.publish.card import fill_outbox
+from tuner.train.publish.outbox import Outbox
+from tuner.train.publish.upload import Destination, check_destination, later, page, planned_destination, send
 from tuner.train.recorder import Recorder
-from tuner.train.results import write_results
-from tuner.train.resume import TrainingCheckpoints
 from tuner.train.run import RunFolder, RunInfo, describe_device, now
+from tuner.train.samples.plan import family_encoders
+from tuner.train.samples.validation import Earlier, Validation
+from tuner.train.saving.lock import FolderLock
+from tuner.train.saving.results import write_results
+from tuner.train.saving.resume import TrainingCheckpoints
 from tuner.train.signals import StopRequests
 from tuner.train.trackers import Trackers
-from tuner.train.validation import Earlier, Validation
-from tuner.train.validation_plan import family_encoders
 
 
 class Interface(Protocol):

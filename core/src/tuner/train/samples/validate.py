@@ -12,7 +12,7 @@ from tuner.config.validation_settings import ValidationSettings
 from tuner.data.media import write_mp4, write_wav
 from tuner.errors import ConfigError, NumericError
 from tuner.interfaces.family import Generated, ModelFamily, SampleRequest
-from tuner.train.prompts import prompts
+from tuner.train.samples.prompts import prompts
 
 
 def write_sample(generated: Generated, target: Path) -> Path:

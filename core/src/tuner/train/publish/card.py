@@ -20,13 +20,13 @@ from tuner.config.masking import masked
 from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, TrainSettings
 from tuner.config.validation_settings import ValidationSettings
 from tuner.interfaces.services import CardFacts
-from tuner.train.licence import UNKNOWN_LICENCE, Licence, base_licence
-from tuner.train.outbox import SAMPLES, Outbox, fill, last_samples
-from tuner.train.validate import wants_sample
+from tuner.model.licence import UNKNOWN_LICENCE, Licence, base_licence
+from tuner.train.publish.outbox import SAMPLES, Outbox, fill, last_samples
+from tuner.train.samples.validate import wants_sample
 
 if TYPE_CHECKING:
     from tuner.train.plan import Plan
-    from tuner.train.publish import Destination
+    from tuner.train.publish.upload import Destination
 
 UNNAMED: Final = "OWNER"
 """Stands for the namespace until it is known."""

@@ -1,8 +1,8 @@
 """What a combination of memory settings costs: bytes on the device when it is fullest, and seconds a step.
 
 Special here: no quantizer and no optimizer is known by name. Each is tried on a small matrix, which shows its error and what it keeps; what
-the step itself takes comes from `tuner.train.footprint`. Time is a bound: in each walk over the blocks the slowest of computing, memory
-traffic, launches and copies.
+the step itself takes comes from `tuner.train.forecast.footprint`. Time is a bound: in each walk over the blocks the slowest of computing,
+memory traffic, launches and copies.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tuner.interfaces.family import ModelFacts
 from tuner.interfaces.memory import MemoryFacts, MemoryPlan, Quantizer
 from tuner.model.host import free_host_memory
 from tuner.model.quantized import stored_bytes
-from tuner.train.footprint import Footprint, LiveBytes, Work
-from tuner.train.machine import Machine
+from tuner.train.forecast.footprint import Footprint, LiveBytes, Work
+from tuner.train.forecast.machine import Machine
 from tuner.train.masters import BUCKET_ELEMENTS
 
 if TYPE_CHECKING:

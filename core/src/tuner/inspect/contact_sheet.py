@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tuner.data.looks import Heard, Look
 from tuner.html.page import Html, details, element, image, join, page, section, table, waveform
-from tuner.train.inspection import Inspection, Row, SoundRow
+from tuner.inspect.inspection import Inspection, Row, SoundRow
 
 PICTURED = 2000
 """Files whose pictures and waveform are kept, about 16 kB each: what browsers still open at ease."""

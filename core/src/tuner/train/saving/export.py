@@ -10,8 +10,8 @@ from tuner.config.resolve import Settings
 from tuner.config.settings import ModelSettings
 from tuner.errors import ConfigError
 from tuner.plugins.registry import Registry
-from tuner.train.adapter_files import check_adapter, find_adapter, formats, read_adapter
 from tuner.train.plan import plan_model
+from tuner.train.saving.adapter_files import check_adapter, find_adapter, formats, read_adapter
 
 
 def export(registry: Registry, settings: Settings, source: Path, target: Path | None, layout: str) -> Path:

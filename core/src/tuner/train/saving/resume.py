@@ -16,7 +16,8 @@ from torch import Tensor
 from tuner.config.settings import OptimizerSettings, RunSettings
 from tuner.errors import CheckpointError, ConfigError
 from tuner.train.assemble import Assembly
-from tuner.train.checkpoint import (
+from tuner.train.plan import Plan
+from tuner.train.saving.checkpoint import (
     LoadedCheckpoint,
     find_checkpoint,
     flatten_state,
@@ -27,8 +28,7 @@ from tuner.train.checkpoint import (
     restore_state,
     save_checkpoint,
 )
-from tuner.train.plan import Plan
-from tuner.train.results import write_adapter_files
+from tuner.train.saving.results import write_adapter_files
 
 HARMLESS = frozenset({
     "output_dir", "cache_dir", "data", "data_backend_config", "strict", "dataloader_prefetch", "vae_batch_size",

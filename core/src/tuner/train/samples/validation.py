@@ -22,14 +22,14 @@ from tuner.data.records import RecordPlaces
 from tuner.errors import NumericError, TunerError
 from tuner.interfaces.family import Generated, SampleRequest
 from tuner.train.assemble import Assembly
-from tuner.train.heldout import SEED, HeldOutLosses, held_out_losses
 from tuner.train.passes import evaluating
 from tuner.train.plan import Plan
-from tuner.train.prompts import OWN
 from tuner.train.run import RunFolder
-from tuner.train.sample_adapters import beside
-from tuner.train.validate import write_sample
-from tuner.train.validation_plan import SampleJob, describe_losses, family_encoders
+from tuner.train.samples.adapters import beside
+from tuner.train.samples.heldout import SEED, HeldOutLosses, held_out_losses
+from tuner.train.samples.plan import SampleJob, describe_losses, family_encoders
+from tuner.train.samples.prompts import OWN
+from tuner.train.samples.validate import write_sample
 
 FAILURES: tuple[type[Exception], ...] = (
     TunerError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, OSError, MemoryError,

@@ -22,9 +22,9 @@ from tuner.config.masking import masked
 from tuner.config.resolve import Settings
 from tuner.config.settings import RunSettings
 from tuner.errors import ConfigError, HubError
-from tuner.train import outbox as boxes
-from tuner.train.licence import NETWORK_ERRORS, UNKNOWN_LICENCE, base_licence
-from tuner.train.outbox import Outbox
+from tuner.model.licence import NETWORK_ERRORS, UNKNOWN_LICENCE, base_licence
+from tuner.train.publish import outbox as boxes
+from tuner.train.publish.outbox import Outbox
 from tuner.train.run import now
 
 T = TypeVar("T")

@@ -17,9 +17,9 @@ from tuner.interfaces.family import ClipShape, ModelFamily
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
 from tuner.model.adapters import adapter_alpha, adapter_state
 from tuner.tensor_files import write_tensors
-from tuner.train.adapter_files import FILE_NAMES, OWN_NAME
 from tuner.train.assemble import Assembly
 from tuner.train.plan import Plan
+from tuner.train.saving.adapter_files import FILE_NAMES, OWN_NAME
 
 FULL_NAME = "transformer.safetensors"
 """What full fine-tuning leaves in the run folder."""

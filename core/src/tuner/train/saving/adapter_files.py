@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tuner.errors import CheckpointError
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
-from tuner.train.checkpoint import find_checkpoint
+from tuner.train.saving.checkpoint import find_checkpoint
 
 if TYPE_CHECKING:
     from tuner.plugins.registry import Registry

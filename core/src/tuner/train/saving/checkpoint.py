@@ -30,8 +30,8 @@ from torch import Tensor
 
 from tuner.errors import CheckpointError, DiskError
 from tuner.tensor_files import share
-from tuner.train.exact import differences, require_exact
-from tuner.train.state import JSON, flatten_state, restore_state
+from tuner.train.saving.exact import differences, require_exact
+from tuner.train.saving.state import JSON, flatten_state, restore_state
 
 __all__ = [
     "JSON", "LoadedCheckpoint", "checkpoints", "differences", "find_checkpoint", "flatten_state", "load_checkpoint", "read_facts",

@@ -18,10 +18,10 @@ from packaging.utils import canonicalize_name
 from tuner.component import Component
 from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
+from tuner.doctor.findings import Row, problem_of
 from tuner.errors import TunerError
 from tuner.plugins.record import Kind, PluginRecord
 from tuner.plugins.registry import Registry
-from tuner.train.health import Row, problem_of
 
 CORE_DISTRIBUTION = "tuner-framework"
 NO_CHANGE = "no_change"

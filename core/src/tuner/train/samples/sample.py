@@ -21,11 +21,11 @@ from tuner.interfaces.memory import Placement
 from tuner.model.adapters import adapted_layers, add_adapters, load_adapter_state
 from tuner.model.runner import BlockRunner
 from tuner.plugins.registry import Registry
-from tuner.train.adapter_files import check_adapter, read_adapter
 from tuner.train.plan import ModelPlan, plan_model
-from tuner.train.results import load_full
-from tuner.train.sample_adapters import locate_adapter
-from tuner.train.validate import adjustments, check_target, default_device, planned_request, write_sample
+from tuner.train.samples.adapters import locate_adapter
+from tuner.train.samples.validate import adjustments, check_target, default_device, planned_request, write_sample
+from tuner.train.saving.adapter_files import check_adapter, read_adapter
+from tuner.train.saving.results import load_full
 
 log = logging.getLogger(__name__)
 

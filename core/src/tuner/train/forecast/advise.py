@@ -22,11 +22,11 @@ from tuner.interfaces.family import ClipShape, ModelFacts
 from tuner.interfaces.losses import LossTerm
 from tuner.interfaces.memory import MemoryPlan, MemoryStrategy, Quantizer
 from tuner.plugins.record import Kind
-from tuner.train import costs
 from tuner.train.accumulation import batches_together
-from tuner.train.costs import Job, Precision
-from tuner.train.footprint import Footprint, Trained, measure
-from tuner.train.machine import GIB, RESERVE, SPARE, Machine, find_machine
+from tuner.train.forecast import costs
+from tuner.train.forecast.costs import Job, Precision
+from tuner.train.forecast.footprint import Footprint, Trained, measure
+from tuner.train.forecast.machine import GIB, RESERVE, SPARE, Machine, find_machine
 from tuner.train.step import train_together
 
 if TYPE_CHECKING:

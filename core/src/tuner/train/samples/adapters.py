@@ -23,8 +23,8 @@ from tuner.config.validation_settings import ValidationSettings
 from tuner.errors import CheckpointError, ConfigError, DiskError, HubError, TunerError
 from tuner.interfaces.services import AdapterState
 from tuner.model.hub import Repository, fetch, open_repository, pending
-from tuner.train.adapter_files import check_adapter, read_adapter
-from tuner.train.prompts import label, read_json, unused
+from tuner.train.samples.prompts import label, read_json, unused
+from tuner.train.saving.adapter_files import check_adapter, read_adapter
 
 if TYPE_CHECKING:
     from tuner.plugins.registry import Registry

@@ -16,9 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tuner.doctor.findings import Row
+from tuner.doctor.software import CORE_DISTRIBUTION, installed_version, needs
 from tuner.model.host import GROUP, free_host_memory, memory_limit
-from tuner.train.health import Row
-from tuner.train.health_software import CORE_DISTRIBUTION, installed_version, needs
 
 GIB = 2**30
 SHARED = Path("/dev/shm")
@@ -299,7 +299,7 @@ def _answer_row(token: bool) -> Row:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
-    from tuner.train.licence import NETWORK_ERRORS
+    from tuner.model.licence import NETWORK_ERRORS
 
     remedy = "check the network and HTTPS_PROXY; without one, set HF_HUB_OFFLINE=1 and name files on this disk"
     try:

@@ -15,9 +15,9 @@ from tuner.errors import ConfigError, TunerError
 from tuner.interfaces.encoders import Record
 from tuner.interfaces.family import SampleRequest
 from tuner.train.caching import Beside
-from tuner.train.prompts import label, prompts, unused
-from tuner.train.sample_adapters import AdapterRun, adapter_runs, check_runs
-from tuner.train.validate import planned_request
+from tuner.train.samples.adapters import AdapterRun, adapter_runs, check_runs
+from tuner.train.samples.prompts import label, prompts, unused
+from tuner.train.samples.validate import planned_request
 
 if TYPE_CHECKING:
     from tuner.train.plan import ModelPlan, Plan
