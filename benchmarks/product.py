@@ -166,9 +166,12 @@ def open_memory(keys: Mapping[str, str], device: torch.device) -> RunMemory:
         return component.load()(settings.get(component.options), context)  # type: ignore[operator]
 
     strategies = [build(c) for c in registry.components("memory_strategy") if settings.get(c.options).enabled()]
-    precision = settings.get(ModelSettings).base_model_precision
-    quantizers = {} if precision == "no_change" else {"transformer": build(registry.component("quantizer", precision))}
-    return RunMemory(strategies, quantizers)
+    model = settings.get(ModelSettings)
+    if model.base_model_precision == "no_change":
+        return RunMemory(strategies)
+    quantizer = build(registry.component("quantizer", model.base_model_precision))
+    quantizer.compute = model.base_model_compute
+    return RunMemory(strategies, {"transformer": quantizer})
 
 
 def attached(keys: Mapping[str, str], blocks: BlockSet, context: BuildContext) -> tuple[Regularizer, ...]:

@@ -95,9 +95,11 @@ def product_row(shape: Shape, arguments: argparse.Namespace, device: torch.devic
     """tuner's own step."""
     from product import Setup, product_step_factory  # tuner is not needed to time the peer alone
 
-    setup = Setup(arguments.checkpointing, arguments.video_only, arguments.cuda_graphs, dynamo_mode=arguments.dynamo_mode)
+    keys = {"base_model_compute": "fp8"} if arguments.fp8 else {}
+    setup = Setup(arguments.checkpointing, arguments.video_only, arguments.cuda_graphs, dynamo_mode=arguments.dynamo_mode, keys=keys)
     made = product_step_factory(shape, setup, device, arguments.size)
     name = "tuner" + ", video only" * arguments.video_only + ", CUDA graph" * arguments.cuda_graphs
+    name += ", fp8 products" * arguments.fp8
     name += f", compiled ({arguments.dynamo_mode})" if arguments.dynamo_mode else ""
     return measure_and_free(name, made, device, arguments.steps)
 
@@ -134,6 +136,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--peer", action=yes_or_no, default=True, help="measure diffusers + peft")
     parser.add_argument("--product", action=yes_or_no, default=True, help="measure tuner")
     parser.add_argument("--video_only", action="store_true", help="tuner trains the video stream alone")
+    parser.add_argument("--fp8", action="store_true", help="tuner's frozen layers multiply 8-bit floats")
     parser.add_argument("--dynamo_mode", default="", help="tuner compiles the blocks in this mode of torch.compile")
     parser.add_argument("--cuda_graphs", action="store_true", help="tuner replays the step as a CUDA graph")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

@@ -49,6 +49,35 @@ def test_full_fine_tuning_of_a_quantized_model_is_refused(project: Project, caps
     assert "base_model_precision: full fine-tuning needs the weights as they are" in capsys.readouterr().err
 
 
+def test_products_in_8_bit_floats_from_the_plan_to_a_resume(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    short = {"max_train_steps": 1, "checkpoint_step_interval": 1}
+    assert project.train(**short, base_model_compute="fp8") == 0
+    shown = capsys.readouterr()
+    assert "fp8-torchao: 0.02 -> 0.01 GiB, multiplied in fp8" in shown.out
+    assert "base_model_compute: fp8 holds the blocks in fp8-torchao" in shown.out + shown.err
+    assert "multiplied in fp8" in (project.folder / "out" / "outbox").rglob("README.md").__next__().read_text()
+    again = {"max_train_steps": 2, "resume_from_checkpoint": "latest", "lr_scheduler": "constant"}
+    assert project.train(**again, base_model_precision="fp8-torchao") == 6
+    assert "base_model_compute: 'fp8' in the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("keys", "said"), [
+    ({"base_model_precision": "int8-torchao"}, "base_model_compute: int8-torchao weights are no 8-bit floats (got 'fp8')"),
+    ({"model_type": "full"}, "base_model_precision: full fine-tuning needs the weights as they are"),
+    ({"base_model_compute": "fp4"}, "base_model_compute"),
+])  # fmt: skip
+def test_products_that_cannot_be(project: Project, keys: dict[str, object], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert project.train("--dry-run", **{"base_model_compute": "fp8", **keys}) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_plan_for_8_bit_products_recommends_only_what_can_carry_them_out(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    config = project.config(base_model_compute="fp8")
+    assert project.tuner("plan", "--config", config, "--gpu_memory", "24GiB", "--host_memory", "64GiB") == 0
+    shown = capsys.readouterr().out
+    assert "fp8-torchao" in shown and "int8" not in shown and "no_change" not in shown
+
+
 def planned(project: Project, **changes: object) -> ModelPlan:
     registry = load_plugins()
     config = project.config(**changes)
@@ -106,12 +135,16 @@ def adapter_gradients(plan: ModelPlan) -> Tensor:
 
 def test_gradients_of_adapters_stay_close_and_one_block_at_a_time_is_read_unquantized(project: Project) -> None:
     plain = adapter_gradients(planned(project))
-    for precision, limit in (("int8-torchao", 0.03), ("int4-torchao", 0.3)):
-        plan = planned(project, base_model_precision=precision)
+    ways: list[tuple[dict[str, object], float]] = [
+        ({"base_model_precision": "int8-torchao"}, 0.03), ({"base_model_precision": "int4-torchao"}, 0.3),
+        ({"base_model_compute": "fp8"}, 0.12),
+    ]  # fmt: skip
+    for keys, limit in ways:
+        plan = planned(project, **keys)
         watched = plan.memory.quantizers["transformer"] = Watched(plan.memory.quantizers["transformer"])
         found = adapter_gradients(plan)
         off = float((found - plain).norm() / plain.norm())
-        assert 1e-4 < off < limit, (precision, off)
+        assert 1e-4 < off < limit, (keys, off)
         assert watched.alive == [(0, 0)] * 4
 
 

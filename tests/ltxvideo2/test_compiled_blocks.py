@@ -42,7 +42,9 @@ def test_adapted_blocks_compile_whole() -> None:
         return found
 
     plain, fast = gradients(None), gradients(compiled)
-    assert plain.keys() == fast.keys() and all(torch.equal(plain[name], fast[name]) for name in plain)
+    assert plain.keys() == fast.keys()
+    for name, gradient in plain.items():  # the compiler differentiates formulas, which are not called step by step otherwise
+        torch.testing.assert_close(fast[name], gradient, rtol=1e-4, atol=1e-6)
     # There without gradients; back with them, the first block apart, whose input wants none.
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"] and not compiled.failed
     torch._dynamo.reset()

@@ -103,8 +103,9 @@ def test_call_block_equals_diffusers_block(generation: str) -> None:
             ca_video_rotary_emb=rotary(video, "cross_rope"), ca_audio_rotary_emb=rotary(audio, "cross_rope"),
         )
         got = forward.call_block(block, state)
-    assert torch.equal(got.streams["video"].hidden, expected[0])
-    assert torch.equal(got.streams["audio"].hidden, expected[1])
+    # Norms, modulation and gates are rounded once instead of after each step.
+    torch.testing.assert_close(got.streams["video"].hidden, expected[0], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(got.streams["audio"].hidden, expected[1], rtol=1e-5, atol=2e-6)
     assert got.shared is state.shared
     assert got.streams["video"].aligned is video.aligned
 

@@ -47,6 +47,12 @@ def fp8(block: nn.Module) -> None:
     Fp8Torchao(Options(), CONTEXT).quantize(block)
 
 
+def fp8_products(block: nn.Module) -> None:
+    quantizer = Fp8Torchao(Options(), CONTEXT)
+    quantizer.compute = "fp8"
+    quantizer.quantize(block)
+
+
 @dataclass(frozen=True)
 class Case:
     """How the model is trained."""
@@ -64,6 +70,7 @@ CASES = {
     "some recomputed, accumulated, in line": Case(SOME, accumulation=2, stream=False),
     "some recomputed, upper half, int8": Case(SOME, range(3, DEPTH), quantize=int8),
     "none recomputed, fp8, in line": Case(NONE, quantize=fp8, stream=False),
+    "some recomputed, fp8 products": Case(SOME, quantize=fp8_products),
     "none recomputed, upper half, torchao's own layers": Case(NONE, range(3, DEPTH), quantize=torchao_alone),
     "all recomputed, half of it": Case(ALL, accumulation=2, choice=lambda: RamTorchChoice(percent=50)),
 }

@@ -27,6 +27,11 @@ def expand_float8(weight: Any, dtype: torch.dtype) -> Tensor:
     return _scale(weight.qdata.to(dtype), weight.scale)
 
 
+def float8_parts(weight: Any) -> tuple[Tensor, Tensor]:
+    """torchao's Float8Tensor as values (N, K) e4m3 and scale (N, 1) float32."""
+    return weight.qdata, weight.scale
+
+
 def expand_int4(weight: Any, dtype: torch.dtype) -> Tensor:
     """torchao's Int4Tensor: `qdata` (N, K/2) int8 with the even column in the lower half of a byte, `scale` and `zero_point` (G, N).
 
@@ -48,6 +53,11 @@ def expand_bytes(weight: Any, dtype: torch.dtype) -> Tensor:
 def expand_float_bytes(weight: Any, dtype: torch.dtype) -> Tensor:
     """quanto's WeightQBytesTensor of e4m3: `_data` (N, K), `_scale` (N, 1) in the weight's dtype."""
     return _scale(weight._data.to(dtype), weight._scale)
+
+
+def float_bytes_parts(weight: Any) -> tuple[Tensor, Tensor]:
+    """quanto's WeightQBytesTensor of e4m3 as values (N, K) and scale (N, 1) float32."""
+    return weight._data, weight._scale.float()
 
 
 def expand_nibbles(weight: Any, dtype: torch.dtype) -> Tensor:

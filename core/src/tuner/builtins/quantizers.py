@@ -1,8 +1,9 @@
 """The precisions a user can name: which library quantizes, how, and what a weight takes afterwards.
 
-Special here: the libraries only quantize and hold the result; the product is that of `tuner.model.quantized`, the same on every device.
-So none of their compiled kernels is needed, and all precisions train and sample alike. Scales are found in float32 whatever the dtype of
-the weight: found in bfloat16, the largest value of a row would fall off the end by up to a quarter of a step.
+Special here: the libraries only quantize and hold the result; the product is that of `tuner.model.quantized` (or of `tuner.model.fp8`,
+where 8-bit floats are multiplied as they are), the same on every device. So none of their compiled kernels is needed, and all precisions
+train and sample alike. Scales are found in float32 whatever the dtype of the weight: found in bfloat16, the largest value of a row would
+fall off the end by up to a quarter of a step.
 
 Dimensions: N out, K in, G groups of a row.
 """
@@ -19,7 +20,8 @@ from tuner.builtins import quantized
 from tuner.config.options import Options
 from tuner.errors import EnvironmentProblem
 from tuner.interfaces.memory import QuantizedPart, Quantizer
-from tuner.model.quantized import become_quantized, stored_bytes
+from tuner.model import fp8
+from tuner.model.quantized import QuantizedLinear, become_quantized, stored_bytes
 
 if TYPE_CHECKING:
     from tuner.interfaces.family import BuildContext
@@ -42,6 +44,8 @@ class LinearQuantizer(Quantizer):
     """The extra of this distribution that installs it."""
     expand: ClassVar[staticmethod[[Any, torch.dtype], Tensor]]
     """How a layer gets its weight back."""
+    parts: ClassVar[staticmethod[[Any], tuple[Tensor, Tensor]] | None] = None
+    """Of 8-bit floats: values and scale of a weight, which can be multiplied as they are."""
 
     def __init__(self, options: Options, context: BuildContext) -> None:
         try:
@@ -59,10 +63,20 @@ class LinearQuantizer(Quantizer):
             if type(layer) is not nn.Linear or not self.fits(layer.out_features, layer.in_features):
                 continue
             before += stored_bytes(layer.weight)
-            become_quantized(layer, self.pack(layer.weight.detach()), self.expand)
+            self._become(layer)
             after += stored_bytes(layer.weight)
             changed.append(name)
         return QuantizedPart(tuple(changed), before, after)
+
+    @property
+    def computes(self) -> frozenset[str]:
+        return frozenset({"", "fp8"} if self.parts is not None else {""})
+
+    def _become(self, layer: nn.Linear) -> None:
+        multiplied = self.compute == "fp8" and fp8.fits(layer.out_features, layer.in_features)
+        changed = become_quantized(layer, self.pack(layer.weight.detach()), self.expand, fp8.Fp8Linear if multiplied else QuantizedLinear)
+        if isinstance(changed, fp8.Fp8Linear) and self.parts is not None:
+            changed.parts = self.parts
 
     def bytes_of(self, weight: torch.Size, dtype: torch.dtype) -> int:
         width = torch.empty((), dtype=dtype).element_size()
@@ -119,6 +133,7 @@ class Fp8Torchao(TorchaoQuantizer):
 
     name = "fp8-torchao"
     expand = staticmethod(quantized.expand_float8)
+    parts = staticmethod(quantized.float8_parts)
 
     def pack(self, weight: Tensor) -> Tensor:
         # A lower bound for the scales also keeps torchao off another package's kernels, which differ.
@@ -203,6 +218,7 @@ class Fp8Quanto(BytesQuanto):
     name = "fp8-quanto"
     kind = "qfloat8"
     expand = staticmethod(quantized.expand_float_bytes)
+    parts = staticmethod(quantized.float_bytes_parts)
 
 
 class Int4Quanto(QuantoQuantizer):

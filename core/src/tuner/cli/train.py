@@ -133,7 +133,8 @@ def describe_precision(plan: Plan) -> list[str]:
     model = plan.settings.get(ModelSettings)
     base, text = model.base_model_precision, model.text_encoder_1_precision
     sizes = f"{plan.facts.bytes / 2**30:.2f} -> {quantized_bytes(plan) / 2**30:.2f} GiB"
-    return [*([f"{base}: {sizes}"] if base != NO_CHANGE else []), *([f"text encoder {text}"] if text != NO_CHANGE else [])]
+    products = f", multiplied in {model.base_model_compute}" if model.base_model_compute else ""
+    return [*([f"{base}: {sizes}{products}"] if base != NO_CHANGE else []), *([f"text encoder {text}"] if text != NO_CHANGE else [])]
 
 
 def describe_training(plan: Plan) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
 
 from tuner.config.options import Options, option, unsupported
 from tuner.config.rollout_settings import RolloutSettings
 from tuner.config.validation_settings import ValidationSettings
+
+FP8_WEIGHTS = "fp8-torchao"
+"""The precision that `base_model_compute: fp8` implies."""
 
 
 class ModelSettings(Options):
@@ -55,6 +60,10 @@ class ModelSettings(Options):
         effect="8 bits take half the memory and are close to the original, 4 bits take a quarter and are coarser. The adapter itself "
         "is not rounded.",
     )
+    base_model_compute: Literal["", "fp8"] = option(
+        "", help="What frozen linear layers multiply in: their own dtype when empty, or 8-bit floats, which cards from compute capability "
+        "8.9 on do at twice the rate. `fp8` holds the blocks in `fp8-torchao` unless `base_model_precision` says `fp8-quanto`."
+    )
     text_encoder_1_precision: str = option("no_change", help="The same for the text encoder.")
     cuda_graphs: Literal["auto", "on", "off"] = option(
         "auto", help="Replay forward and backward of each shape of batch as one CUDA graph: the step no longer waits for the CPU. "
@@ -64,6 +73,15 @@ class ModelSettings(Options):
         "", help="Compile the blocks with torch.compile, in this mode; empty, `no` or `off`: not. "
         "CUDA graphs are a matter of `cuda_graphs`."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hold_what_is_multiplied(cls, given: Any) -> Any:
+        """8-bit products need 8-bit weights."""
+        precision = "base_model_precision"
+        if isinstance(given, dict) and given.get("base_model_compute") == "fp8" and given.get(precision, "no_change") == "no_change":
+            return {**given, precision: FP8_WEIGHTS}
+        return given
 
 
 class AdapterSettings(Options):

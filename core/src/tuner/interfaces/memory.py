@@ -198,6 +198,13 @@ class Quantizer(ABC):
     name: str
     distribution: str = ""
     """The installed package whose version decides the numbers, so that a resume compares it; empty: none."""
+    compute: str = ""
+    """What `quantize`d layers multiply in, one of `computes`; set by the run before the first block is read."""
+
+    @property
+    def computes(self) -> frozenset[str]:
+        """Values of `base_model_compute` that its layers can carry out; "" is to multiply in the model's own dtype."""
+        return frozenset({""})
 
     @abstractmethod
     def quantize(self, module: nn.Module) -> QuantizedPart:

@@ -19,32 +19,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tuner.config.settings import AdapterSettings
 from tuner.data.randomness import generator
 from tuner.errors import CheckpointError, ConfigError
 from tuner.interfaces.services import AdapterState
+from tuner.model.low_rank import ADAPTER, LoraLinear
 
-ADAPTER = "default"
-"""peft's name for the one adapter that is trained."""
 TARGETS_KEY = "peft_lora_target_modules"
 ALL_LINEAR = "all-linear"
-
-
-class LoraLinear(Linear):
-    """peft's plain LoRA over any linear layer, quantized or not; into quantized weights it is never merged."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises `ConfigError` where the base is quantized: the sum would be rounded to 8 or 4 bits, and small updates lost."""
-        if is_traceable_wrapper_subclass(self.get_base_layer().weight):
-            raise ConfigError(
-                "an adapter is not merged into quantized weights", where="base_model_precision",
-                remedy="keep it as a file of its own, or load the model with base_model_precision no_change",
-            )  # fmt: skip
-        super().merge(safe_merge, adapter_names)
 
 
 def resolve_targets(model: nn.Module, wanted: Sequence[str] | str | None, defaults: Sequence[str]) -> list[str]:

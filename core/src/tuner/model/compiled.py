@@ -62,6 +62,8 @@ class CompiledBlocks:
             with warnings.catch_warnings():
                 # The compiler looks at every attribute of what comes in, and tokens from the block before are no leaves.
                 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+                # It makes instances of autograd functions, such as those of quantized layers, and is warned of that by torch itself.
+                warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
                 result = self._compiled(block, state)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             self.failed = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

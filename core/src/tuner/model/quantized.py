@@ -30,12 +30,25 @@ class QuantizedLinear(nn.Linear):
 
     expand: Expand
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, S, K) or (S, K) -> (..., N)."""
+    def forward(self, input: Tensor, *prepared: Any) -> Tensor:
+        """(B, S, K) or (S, K) -> (..., N). `prepared`: what `prepare` gave for the same input."""
         bias = self.bias
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
             return _Product.apply(input, bias, self)  # type: ignore[no-any-return, no-untyped-call]
-        return functional.linear(input, self.dense(input.dtype), _cast(bias, input.dtype))
+        return self.product(input, *prepared)
+
+    def prepare(self, input: Tensor) -> tuple[Any, ...]:
+        """What `forward` takes beside `input`, made once for all layers of the same kind that read it."""
+        return ()
+
+    def product(self, input: Tensor, *prepared: Any) -> Tensor:
+        """`forward` without a graph."""
+        return functional.linear(input, self.dense(input.dtype), _cast(self.bias, input.dtype))
+
+    def input_gradient(self, gradient: Tensor, into: Tensor | None = None) -> Tensor:
+        """gradient (M, N) -> gradient · W, (M, K), a new tensor; or added to `into`, which is returned."""
+        weight = self.dense(gradient.dtype)
+        return gradient.mm(weight) if into is None else into.addmm_(gradient, weight)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as a new plain (N, K) tensor."""
@@ -63,14 +76,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return functional.linear(input, layer.dense(input.dtype), _cast(bias, input.dtype))
+        return layer.product(input)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         layer: QuantizedLinear = ctx.layer
         to_input = to_bias = None
         if ctx.needs_input_grad[0]:
-            to_input = gradient.matmul(layer.dense(gradient.dtype))
+            to_input = layer.input_gradient(gradient.reshape(-1, gradient.shape[-1])).view(*gradient.shape[:-1], layer.in_features)
         if ctx.needs_input_grad[1]:
             to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(layer.bias.dtype)
         return to_input, to_bias, None
@@ -80,10 +93,10 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
 
-def become_quantized(layer: nn.Linear, weight: Tensor, expand: Expand) -> QuantizedLinear:
-    """Turns `layer` into a `QuantizedLinear` in place; its former weight is free afterwards."""
+def become_quantized(layer: nn.Linear, weight: Tensor, expand: Expand, kind: type[QuantizedLinear] = QuantizedLinear) -> QuantizedLinear:
+    """Turns `layer` into one of that `kind` in place; its former weight is free afterwards."""
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.__class__ = QuantizedLinear
+    layer.__class__ = kind
     assert isinstance(layer, QuantizedLinear)
     layer.expand = expand
     return layer

@@ -13,7 +13,7 @@ import torch
 from tuner.config.datasets import DatasetEntry, configured_datasets
 from tuner.config.problems import listed
 from tuner.config.resolve import Settings
-from tuner.config.settings import DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
+from tuner.config.settings import FP8_WEIGHTS, DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
 from tuner.config.validation_settings import ValidationSettings
 from tuner.data.manifest import Manifest, scan
 from tuner.data.randomness import derived_seed
@@ -23,6 +23,7 @@ from tuner.interfaces.family import BuildContext, Located, ModelFacts, ModelFami
 from tuner.interfaces.losses import LossTerm, Regularizer
 from tuner.interfaces.memory import MemoryFacts, Quantizer
 from tuner.interfaces.services import Loader, WeightSource
+from tuner.model import fp8
 from tuner.model.host import free_host_memory
 from tuner.model.placing import RunMemory
 from tuner.plugins.record import Kind
@@ -117,7 +118,10 @@ def _quantizers(plan: ModelPlan) -> dict[str, Quantizer]:
     model = plan.settings.get(ModelSettings)
     asked = {"transformer": model.base_model_precision, "text_encoder": model.text_encoder_1_precision}
     chosen = {part: plan.registry.component("quantizer", name) for part, name in asked.items() if name != NO_CHANGE}
-    return {part: c.load()(plan.settings.get(c.options), plan.context) for part, c in chosen.items()}  # type: ignore[operator]
+    made: dict[str, Quantizer] = {part: c.load()(plan.settings.get(c.options), plan.context) for part, c in chosen.items()}  # type: ignore[operator]
+    if "transformer" in made:
+        made["transformer"].compute = model.base_model_compute
+    return made
 
 
 def open_source(registry: Registry, located: Located, name: str) -> WeightSource:
@@ -226,6 +230,23 @@ def precision_problems(plan: Plan) -> list[TunerError]:
         return [ConfigError(problem, where=key, value=asked, remedy=remedy)]
     if before and before == after:
         return [ConfigError("no layer of this model's blocks is large enough for it", where=key, value=asked, remedy=f"use {NO_CHANGE}")]
+    return compute_problems(plan)
+
+
+def compute_problems(plan: Plan) -> list[TunerError]:
+    """What speaks against the products that were asked for."""
+    quantizer, key, device = plan.memory.quantizers["transformer"], "base_model_compute", plan.context.device
+    if quantizer.compute not in quantizer.computes:
+        remedy = f"set base_model_precision to {FP8_WEIGHTS}, or leave {key} empty"
+        return [ConfigError(f"{quantizer.name} weights are no 8-bit floats", where=key, value=quantizer.compute, remedy=remedy)]
+    if quantizer.compute != "fp8" or device.type != "cuda":
+        return []
+    if plan.context.dtype != torch.bfloat16:
+        return [ConfigError("needs mixed_precision bf16 on a GPU", where=key, value="fp8", remedy="set mixed_precision to bf16")]
+    if (found := torch.cuda.get_device_capability(device)) < fp8.CAPABILITY:
+        wanted, name = ".".join(map(str, fp8.CAPABILITY)), torch.cuda.get_device_name(device)
+        problem = f"{name} (compute capability {found[0]}.{found[1]}) does not multiply 8-bit floats; cards from {wanted} on do"
+        return [ConfigError(problem, where=key, value="fp8", remedy=f"leave {key} empty; base_model_precision may stay")]
     return []
 
 

@@ -67,6 +67,20 @@ def _size_problems(plan: Plan) -> list[TunerError]:
 
 def notices(plan: Plan) -> tuple[str, ...]:
     """What is carried out as asked, but hardly meant."""
+    return (*_warmup_notices(plan), *_compute_notices(plan))
+
+
+def _compute_notices(plan: Plan) -> tuple[str, ...]:
+    model, device = plan.settings.get(ModelSettings), plan.context.device.type
+    if not model.base_model_compute:
+        return ()
+    implied = plan.settings.origin("base_model_precision") == "default"
+    held = (f"base_model_compute: {model.base_model_compute} holds the blocks in {model.base_model_precision}",) if implied else ()
+    slow = (f"base_model_compute: {device} has no products of 8-bit floats; their numbers are computed, not their speed",)
+    return (*held, *(slow if device != "cuda" else ()))
+
+
+def _warmup_notices(plan: Plan) -> tuple[str, ...]:
     optimizer = plan.settings.get(OptimizerSettings)
     if optimizer.lr_warmup_steps <= plan.total_steps:
         return ()

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from tuner.interfaces.blocks import Aligned, BlockState, TokenStream
 from tuner.interfaces.family import Batch, Noise, Prediction, StreamBatch
+from tuner.model.fused import gated, rms_modulated, rms_norm
+from tuner_ltxvideo2.attention import Rotary, attend
 from tuner_ltxvideo2.geometry import Grid
 
-Rotary = tuple[Tensor, Tensor]
 TableKey = tuple[Grid, Grid | None, float, str]
 
 
@@ -310,7 +311,15 @@ def _spread(vector: Tensor, stream: TokenStream) -> Tensor:
     return vector if clean is None else torch.where(clean.tensor, vector[:, 1:], vector[:, :1])
 
 
-def _modulate(normed: Tensor, scale: Tensor, shift: Tensor, stream: TokenStream) -> Tensor:
+def _modulate(norm: Any, tokens: Tensor, scale: Tensor, shift: Tensor, stream: TokenStream) -> Tensor:
+    """norm(tokens) · (1 + scale) + shift."""
+    if norm.weight is not None:
+        return _shifted(rms_norm(tokens, norm.eps, norm.weight), scale, shift, stream)
+    clean = stream.aligned.get("clean")
+    return rms_modulated(tokens, norm.eps, scale, shift, None if clean is None else clean.tensor)
+
+
+def _shifted(normed: Tensor, scale: Tensor, shift: Tensor, stream: TokenStream) -> Tensor:
     return normed * _spread(1 + scale, stream) + _spread(shift, stream)
 
 
@@ -318,24 +327,17 @@ def _rotary(stream: TokenStream, name: str) -> Rotary:
     return stream.aligned[f"{name}_cos"].tensor, stream.aligned[f"{name}_sin"].tensor
 
 
-def _attend(
-    attention: Any, hidden: Tensor, context: Tensor | None = None, query: Rotary | None = None, key: Rotary | None = None
-) -> Tensor:
-    """diffusers' processor without `LTX2Attention.forward`, which inspects the processor's signature on every call."""
-    attended: Tensor = attention.processor(attention, hidden, context, None, query, key)
-    return attended
-
-
 def _attend_self(block: nn.Module, side: Side, stream: TokenStream, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
     shift, scale, gate = vectors[:3]
-    normed = _modulate(side.of(block, "norm1")(hidden), scale, shift, stream)
-    return hidden + _attend(side.of(block, "attn1"), normed, query=_rotary(stream, "rope")) * _spread(gate, stream)
+    normed = _modulate(side.of(block, "norm1"), hidden, scale, shift, stream)
+    attended = attend(side.of(block, "attn1"), normed, query_rotary=_rotary(stream, "rope"))
+    return gated(hidden, attended, _spread(gate, stream))
 
 
 def _attend_text(block: Any, side: Side, state: BlockState, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
     """Cross attention to the caption; with 9 vectors (2.3 on) queries, keys and result are modulated too."""
     text = state.shared[f"{side.name}.text"]
-    normed = side.of(block, "norm2")(hidden)
+    norm = side.of(block, "norm2")
     if block.cross_attn_adaln:
         table = side.of(block, "prompt_scale_shift_table")
         prompt = state.shared.get(f"{side.name}.prompt")
@@ -345,13 +347,14 @@ def _attend_text(block: Any, side: Side, state: BlockState, hidden: Tensor, vect
     if len(vectors) == 9:
         shift, scale, gate = vectors[6:]
         stream = state.streams[side.name]
-        return hidden + _attend(side.of(block, "attn2"), _modulate(normed, scale, shift, stream), text) * _spread(gate, stream)
-    return hidden + _attend(side.of(block, "attn2"), normed, text)
+        attended = attend(side.of(block, "attn2"), _modulate(norm, hidden, scale, shift, stream), text)
+        return gated(hidden, attended, _spread(gate, stream))
+    return hidden + attend(side.of(block, "attn2"), rms_norm(hidden, norm.eps, norm.weight), text)
 
 
 def _attend_across(block: nn.Module, state: BlockState, hidden: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Both cross-modal attentions, each reading the tokens from before either. Tables are ordered (scale, shift), gate last."""
-    normed = {side.name: getattr(block, side.cross_norm)(hidden[side.name]) for side in SIDES}
+    norms = {side.name: getattr(block, side.cross_norm) for side in SIDES}
     vectors = {
         side.name: _vectors(getattr(block, side.cross_table)[:4], state, side, "cross_modulation") for side in SIDES
     }
@@ -359,23 +362,22 @@ def _attend_across(block: nn.Module, state: BlockState, hidden: Mapping[str, Ten
     result: dict[str, Tensor] = {}
     for side, other, first in ((VIDEO, AUDIO, 0), (AUDIO, VIDEO, 2)):  # vectors 0 and 1: sound to picture; 2 and 3: picture to sound
         queries, keys = (
-            _modulate(normed[name], vectors[name][first], vectors[name][first + 1], state.streams[name]) for name in (side.name, other.name)
+            _modulate(norms[name], hidden[name], vectors[name][first], vectors[name][first + 1], state.streams[name])
+            for name in (side.name, other.name)
         )
         gate = getattr(block, side.cross_table)[4:] + state.shared[f"{side.name}.cross_gate"]
-        attended = _attend(
+        attended = attend(
             getattr(block, side.cross_attention), queries, keys,
             _rotary(state.streams[side.name], "cross_rope"), _rotary(state.streams[other.name], "cross_rope"),
         )
-        change = gate * attended
-        result[side.name] = hidden[side.name] + (change if present is None else change * present.to(change.dtype))
+        result[side.name] = gated(hidden[side.name], attended, gate if present is None else gate * present.to(gate.dtype))
     return result
 
 
 def _feed_forward(block: nn.Module, side: Side, stream: TokenStream, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
     shift, scale, gate = vectors[3:6]
-    normed = _modulate(side.of(block, "norm3")(hidden), scale, shift, stream)
-    changed: Tensor = hidden + side.of(block, "ff")(normed) * _spread(gate, stream)
-    return changed
+    normed = _modulate(side.of(block, "norm3"), hidden, scale, shift, stream)
+    return gated(hidden, side.of(block, "ff")(normed), _spread(gate, stream))
 
 
 # --- after the blocks --------------------------------------------------------------------------------------------
@@ -387,5 +389,5 @@ def exit(model: nn.Module, state: BlockState) -> Prediction:
 def _predict(model: nn.Module, side: Side, state: BlockState) -> Tensor:
     stream = state.streams[side.name]
     shift, scale = (side.of(model, "scale_shift_table") + state.shared[f"{side.name}.time"][:, :, None]).unbind(dim=2)
-    velocity: Tensor = side.of(model, "proj_out")(_modulate(side.of(model, "norm_out")(stream.hidden), scale, shift, stream))
+    velocity: Tensor = side.of(model, "proj_out")(_shifted(side.of(model, "norm_out")(stream.hidden), scale, shift, stream))
     return velocity

@@ -74,18 +74,31 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         layer: StreamedLayer = ctx.layer
+        if isinstance(layer, StreamedLinear):
+            return layer.input_gradient(gradient.reshape(-1, gradient.shape[-1])).view(ctx.shape), None, None, None
         with layer.fetched():
             return _to_input(layer, gradient, ctx.shape), None, None, None
 
 
+class StreamedLinear(StreamedLayer):
+    """A streamed `nn.Linear`, plain or quantized."""
+
+    weight: Tensor
+    in_features: int
+
+    def input_gradient(self, gradient: Tensor, into: Tensor | None = None) -> Tensor:
+        """gradient (M, N) -> gradient · W, (M, K), a new tensor; or added to `into`: the very operations of the layer's own class."""
+        with self.fetched():
+            if isinstance(self, QuantizedLinear):
+                return super().input_gradient(gradient, into)  # type: ignore[misc, no-any-return]
+            if is_traceable_wrapper_subclass(self.weight):
+                found = _by_autograd(self, gradient, torch.Size((len(gradient), self.in_features)))
+                return found if into is None else into.add_(found)
+            return gradient.mm(self.weight) if into is None else into.addmm_(gradient, self.weight)
+
+
 def _to_input(layer: StreamedLayer, gradient: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of the input of `shape`, from that of the output: the very operations that autograd would call."""
-    if isinstance(layer, QuantizedLinear):
-        return gradient.matmul(layer.dense(gradient.dtype))
-    if is_traceable_wrapper_subclass(layer.weight):
-        return _by_autograd(layer, gradient, shape)
-    if isinstance(layer, nn.Linear):
-        return gradient.reshape(-1, gradient.shape[-1]).mm(layer.weight).view(shape)
+    """The gradient of a convolution's input of `shape`, from that of its output: the very operation that autograd would call."""
     convolution = cast(_ConvNd, layer)
     transposed = isinstance(convolution, _ConvTransposeNd)
     found = torch.ops.aten.convolution_backward(
@@ -109,7 +122,8 @@ def _by_autograd(layer: StreamedLayer, gradient: Tensor, shape: torch.Size) -> T
 @cache
 def streamed_class(own: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a layer's own class that streams it."""
-    made: type[nn.Module] = type(f"Streamed{own.__name__}", (StreamedLayer, own), {"__module__": own.__module__})
+    base = StreamedLinear if issubclass(own, nn.Linear) else StreamedLayer
+    made: type[nn.Module] = type(f"Streamed{own.__name__}", (base, own), {"__module__": own.__module__})
     return made
 
 

@@ -204,22 +204,27 @@ def current_strategy(model: ModelPlan) -> MemoryStrategy | None:
 def worthwhile(model: ModelPlan, facts: ModelFacts) -> list[Precision]:
     """The installed precisions, best first, each of which is smaller than all before it; and the current one."""
     found = sorted((costs.probe(quantizer) for quantizer in _quantizers(model)), key=lambda precision: round(precision.error / NEAR))
-    kept, smallest = [costs.plain()], float(sum(costs.linear_bytes(facts, None, model.context.dtype)))
+    settings = model.settings.get(ModelSettings)
+    kept = [] if settings.base_model_compute else [costs.plain()]
+    smallest = float(sum(costs.linear_bytes(facts, None, model.context.dtype)))
     for precision in found:
         size = sum(costs.linear_bytes(facts, precision.quantizer, model.context.dtype))
         if size < 0.95 * smallest:
             kept.append(precision)
             smallest = size
-    now = model.settings.get(ModelSettings).base_model_precision
+    now = settings.base_model_precision
     return kept + [precision for precision in found if precision.name == now and precision not in kept]
 
 
 def _quantizers(model: ModelPlan) -> Iterator[Quantizer]:
     for component in model.registry.components("quantizer"):
         try:
-            yield component.load()(model.settings.get(component.options), model.context)  # type: ignore[operator]
+            quantizer: Quantizer = component.load()(model.settings.get(component.options), model.context)  # type: ignore[operator]
         except (EnvironmentProblem, PluginError):
             continue
+        if (compute := model.settings.get(ModelSettings).base_model_compute) in quantizer.computes:
+            quantizer.compute = compute
+            yield quantizer
 
 
 def current_precision(model: ModelPlan) -> Precision:

@@ -272,7 +272,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fresh = [tensor for tensor in found if self._see(tensor)]
         if fresh or func._schema.is_mutable:
             self.kernels += 1
-            if (count := flop_registry.get(func._overloadpacket)) is not None:
+            # torch's table has no entry for the product that adds in place.
+            packet = torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket
+            if (count := flop_registry.get(packet)) is not None:
                 self.flops += count(*args, **(kwargs or {}), out_val=result)
             else:
                 given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -223,7 +223,8 @@ def training_rows(plan: Plan) -> tuple[tuple[str, str], ...]:
     train, optimizer, model = settings.get(TrainSettings), settings.get(OptimizerSettings), settings.get(ModelSettings)
     devices = f" x {plan.world} devices" if plan.world > 1 else ""
     warmup = f", {optimizer.lr_warmup_steps} steps of warm-up" if optimizer.lr_warmup_steps else ""
-    base_precision = "" if model.base_model_precision == "no_change" else f", base in {model.base_model_precision}"
+    products = f", multiplied in {model.base_model_compute}" if model.base_model_compute else ""
+    base_precision = "" if model.base_model_precision == "no_change" else f", base in {model.base_model_precision}{products}"
     rows = [
         *_adapter_rows(plan),
         ("Steps", str(plan.total_steps)),
