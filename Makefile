@@ -2,6 +2,7 @@
 #   make demo    train the tiny flavour on real clips, on the CPU, from download to sample
 #   make test    the test suite
 #   make lint types reference clean
+#   make screenshots   pictures of the docs, by the tests that open the pages; as they are with Debian's chromium and fonts-noto-core
 # TORCH="torch==2.12.1" installs another torch, PYTHON=python3.12 uses another interpreter, WORKERS=1 tests in one process.
 
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 # The tests' and the demo's tensors are tiny: a second thread waits for the first more than it computes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test lint types reference reference-check clean
+.PHONY: install demo test screenshots lint types reference reference-check clean
 
 install: .venv/development
 
@@ -45,6 +46,9 @@ demo: .venv/runtime
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests examples/plugins
+
+screenshots: install
+	SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/integration/test_pages_in_a_browser.py
 
 lint: install
 	$(BIN)/ruff check .

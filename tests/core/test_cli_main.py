@@ -14,7 +14,7 @@ import pytest
 import tuner.cli.main
 from tuner.cli import reference
 from tuner.cli.main import COMMANDS, build, run
-from tuner.cli.table import columns
+from tuner.cli.table import columns, folded
 from tuner.config.settings import CORE_OPTIONS
 from tuner.config.vocabulary import Vocabulary
 from tuner.errors import DataError
@@ -181,6 +181,22 @@ class TestTable:
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
         monkeypatch.setenv("COLUMNS", "40")
         assert columns(("A", "B"), [("x", "word " * 10)]).splitlines()[1:] == ["x  " + "word " * 6 + "word", "   word word word"]
+
+    def test_columns_without_room_stand_on_further_lines(self, monkeypatch):
+        headers, rows = ("NAME", "SIZE", "SOUND", "NOTE"), [("a.mp4", "96x64", "", ""), ("b.mp4", "1x1", "mono", "is small")]
+        assert columns(headers, rows).splitlines()[2] == "b.mp4  1x1    mono   is small"
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+        monkeypatch.setenv("COLUMNS", "16")
+        wanted = ["NAME   SIZE", "    SOUND", "    NOTE", "a.mp4  96x64", "b.mp4  1x1", "    mono", "    is small"]
+        assert columns(headers, rows).splitlines() == wanted
+        monkeypatch.setenv("COLUMNS", "18")
+        assert columns(headers, rows, margin=2).splitlines() == [f"  {line}" for line in wanted]
+
+    def test_lines_end_between_words_and_go_on_below_their_text(self, monkeypatch):
+        assert folded("sound   seven clips with sound", 20) == "sound   seven clips\n        with sound"
+        assert folded("  -> give a size, such as 24GiB", 20) == "  -> give a size,\n      such as 24GiB"
+        assert folded("file    /a/long/path/that/is/copied", 20) == "file\n    /a/long/path/that/is/copied"
+        assert folded("one\n\ntwo", 20) == "one\n\ntwo" and folded("word " * 20, 0) == folded("word " * 20) == "word " * 20
 
 
 class TestReference:

@@ -102,7 +102,7 @@ def test_samples_stand_in_a_grid_and_play(page: Page, made: Path) -> None:
 def test_dataset_settings_and_events_are_there(page: Page) -> None:
     for words in ("found 3 = used 2 + skipped 1 + failed 0", "1 clips with sound", "too short", "64x64@9", "hum.wav", "held out",
                   "2 repeats", "2 more items are not shown", "checkpoint-20", "2 keys at their defaults", "Some GPU", "tuner-x 1.2",
-                  "finished", "20 of 20", "video 0.0375", "GPU: at most 12.0 of 24.0 GiB",
+                  "finished", "20 of 20", "video 0.0375", "Peak memory GPU: 12.0 of 24.0 GiB",
                   "step: 20, losses: video 20.5 audio 0.25"):  # fmt: skip
         assert words in page.text, words
     assert re.search(r"seed 42 file", page.text) and re.search(r"lora_rank 16 default", page.text)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
+from core.screen import Screen
 from tuner.cli.status_line import CacheBar, StatusLine, is_interactive, wrap_fields
 from tuner.watch.pace import MemoryReading, StepTimer, read_memory
 
@@ -177,39 +178,6 @@ def test_live_line_is_not_redrawn_for_every_fast_step() -> None:
 
 def test_narrow_terminal_breaks_between_fields() -> None:
     assert wrap_fields(["1/20", "2.00 s/step", "loss video 0.1 | audio 0.2", "x"], 20) == "1/20  2.00 s/step\nloss video 0.1 | audio 0.2\nx"
-
-
-class Screen:
-    """What a terminal of so many columns shows after all that was written to it. Knows the control sequences that a live line uses."""
-
-    def __init__(self, columns: int) -> None:
-        self.columns, self.lines, self.row, self.column = columns, [""], 0, 0
-
-    def write(self, text: str) -> None:
-        for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|\r|\n|[^\x1b\r\n]+", text):
-            if part == "\r":
-                self.column = 0
-            elif part == "\n":
-                self.row, self.column = self.row + 1, 0
-                self.lines += [""] * (self.row + 1 - len(self.lines))
-            elif part.startswith("\x1b["):
-                self.control(part)
-            else:
-                self.put(part)
-
-    def control(self, sequence: str) -> None:
-        if sequence.endswith("A"):
-            self.row -= int(sequence[2:-1] or 1)
-        elif sequence == "\x1b[2K":
-            self.lines[self.row] = ""
-        else:
-            assert sequence in ("\x1b[?25l", "\x1b[?25h", "\x1b[0m"), f"unknown control sequence {sequence!r}"
-
-    def put(self, text: str) -> None:
-        assert self.column + len(text) <= self.columns, f"a line is broken by the terminal: {text!r}"
-        old = self.lines[self.row].ljust(self.column)
-        self.lines[self.row] = old[: self.column] + text + old[self.column + len(text) :]
-        self.column += len(text)
 
 
 def on_a_terminal(columns: int, work: Callable[[Console], None]) -> list[str]:

@@ -6,11 +6,14 @@ autograd's threads do not survive a fork. As a program, this file is the launche
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -37,11 +40,14 @@ class Launcher:
         self._process.stdout.close()
         assert self._process.wait() == 0
 
-    def start(self, arguments: Sequence[object], log: Path, **environment: str) -> int:
-        """Runs `tuner <arguments>` in this process's working folder; returns its process id. Output goes to `log`."""
+    def start(self, arguments: Sequence[object], log: Path, *, terminal: str = "", **environment: str) -> int:
+        """Runs `tuner <arguments>` in this process's working folder; returns its process id. Output goes to `log`.
+
+        `terminal`: the name of a pseudo-terminal's other side, which takes the place of `log` and whose Ctrl-C reaches the command.
+        """
         return self._ask({
             "arguments": [str(argument) for argument in arguments], "log": str(log.absolute()), "folder": str(Path.cwd()),
-            "environment": environment,
+            "environment": environment, "terminal": terminal,
         })  # fmt: skip
 
     def wait(self, pid: int) -> int:
@@ -68,23 +74,34 @@ def _serve() -> None:
         if "wait" in question:
             answer = os.waitstatus_to_exitcode(os.waitpid(question["wait"], 0)[1])
         else:
+            # Open on this side before anybody is told: a terminal that nobody holds any more is gone.
+            terminal = os.open(question["terminal"], os.O_RDWR | os.O_NOCTTY) if question["terminal"] else None
             answer = os.fork()
             if answer == 0:
-                _become(question)
+                _become(question, terminal)
                 code = run(question["arguments"])
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
+            if terminal is not None:
+                os.close(terminal)
         print(answer, flush=True)
 
 
-def _become(question: Mapping[str, object]) -> None:
-    """Output, folder and environment of the command."""
-    log = os.open(str(question["log"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def _become(question: Mapping[str, object], terminal: int | None) -> None:
+    """Input, output, folder and environment of the command."""
+    if terminal is None:
+        log = os.open(str(question["log"]), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        streams = (os.open(os.devnull, os.O_RDONLY), log, log)
+    else:
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        streams = (terminal, terminal, terminal)
+        for stream in (sys.stdout, sys.stderr):
+            assert isinstance(stream, io.TextIOWrapper)
+            stream.reconfigure(line_buffering=True)
+    for number, stream_file in enumerate(streams):
+        os.dup2(stream_file, number)
     os.chdir(str(question["folder"]))
     environment = question["environment"]
     assert isinstance(environment, dict)

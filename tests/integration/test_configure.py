@@ -57,6 +57,7 @@ class Script:
     def __init__(self, patch: pytest.MonkeyPatch, *answers: tuple[str, str]) -> None:
         self._answers = list(answers)
         patch.setattr("builtins.input", self._type)
+        patch.setenv("COLUMNS", "200")
         for stream in ("stdin", "stdout"):
             patch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
 

@@ -254,3 +254,10 @@ def test_links_between_pages_lead_somewhere() -> None:
             if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
                 broken.append(f"{page.relative_to(ROOT)}: {target}")
     assert broken == []
+
+
+def test_pictures_are_few_small_and_shown() -> None:
+    pictures = sorted((ROOT / "docs" / "images").iterdir())
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
+    assert len(pictures) <= 3 and [path.name for path in pictures if path.suffix != ".png" or f"images/{path.name})" not in pages] == []
+    assert [path.name for path in pictures if path.stat().st_size > 150_000] == []

@@ -21,6 +21,7 @@ from tuner.cli.common import LaterCommand
 from tuner.cli.interview import Interview, as_json
 from tuner.cli.main import COMMANDS
 from tuner.cli.questionnaire import Questionnaire
+from tuner.cli.table import folded
 from tuner.config import edit
 from tuner.config.datasets import load_datasets, read_entries
 from tuner.config.entry_edit import with_answers
@@ -48,10 +49,10 @@ def run(registry: Registry, flags: Mapping[str, object], arguments: Mapping[str,
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and not arguments["yes"]
     try:
         if not _may_change([path for path in (file, dataset) if path.exists()], terminal, arguments["force"]):
-            click.echo("nothing was changed; --config and --dataset name other files")
+            click.echo(folded("nothing was changed; --config and --dataset name other files"))
             return 0
         if terminal:
-            click.echo(HEAD)
+            click.echo(folded(HEAD))
         found = Questionnaire(registry, settings, own, raw, terminal).go_through()
     except (KeyboardInterrupt, EOFError):
         click.echo("\nnothing was written", err=True)
@@ -84,7 +85,7 @@ def _may_change(existing: list[Path], terminal: bool, force: bool) -> bool:
     if not terminal:
         remedy = "give --force to change what is asked about there and keep the rest, or name other files with --config and --dataset"
         raise ConfigError(f"{names} {verb} already", where="configure", remedy=remedy)
-    click.echo(f"{names} {verb}. The values there are offered, and what is not asked about stays.")
+    click.echo(folded(f"{names} {verb}. The values there are offered, and what is not asked about stays."))
     return input("Change it? [no] ").strip().lower() in ("y", "yes")
 
 
@@ -141,7 +142,7 @@ def _tell(file: Path, dataset: Path, said: list[str], content: Mapping[str, obje
     """What was written, and what comes next."""
     named = "" if file == DEFAULT_CONFIG else f" --config {shlex.quote(str(file))}"
     click.echo(f"wrote {dataset}: {len(entries)} {'entry' if len(entries) == 1 else 'entries'}")
-    click.echo(f"wrote {file}: " + ("; ".join(said) if said else f"{len(content)} keys"))
+    click.echo(folded(f"wrote {file}: " + ("; ".join(said) if said else f"{len(content)} keys")))
     steps = {
         "inspect": ("inspect", "a verdict on every clip"),
         "plan": ("plan", "which memory settings fit"),
@@ -150,7 +151,7 @@ def _tell(file: Path, dataset: Path, said: list[str], content: Mapping[str, obje
     click.echo("next:")
     for name, (words, purpose) in steps.items():
         if name in COMMANDS:
-            click.echo(f"  tuner {words}{named}  # {purpose}")
+            click.echo(folded(f"  tuner {words}{named}  # {purpose}"))
     click.echo(f"  tuner train{named}")
 
 

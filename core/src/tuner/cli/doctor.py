@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tuner.cli.table import columns
+from tuner.cli.table import columns, folded
 from tuner.config.resolve import find_config, resolve
 from tuner.errors import ConfigError
 from tuner.plugins.loader import load_plugins
@@ -89,7 +89,7 @@ def _text(rows: Sequence[Row]) -> str:
         lines.append(click.style(verdict, fg=COLOURS[verdict]) + line[len(verdict) :] if verdict in COLOURS else line)
     problems, notes = (sum(row.verdict == verdict for row in rows) for verdict in ("problem", "note"))
     said = "training would work here" if not problems else "training would not work here"
-    return "\n".join([*lines, "", f"{said}: {_count(problems, 'problem')}, {_count(notes, 'note')}"])
+    return "\n".join([*lines, "", folded(f"{said}: {_count(problems, 'problem')}, {_count(notes, 'note')}")])
 
 
 def _count(number: int, word: str) -> str:

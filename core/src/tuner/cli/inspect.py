@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tuner.cli.common import ConfiguredCommand
 from tuner.cli.status_line import CacheBar, is_interactive
-from tuner.cli.table import columns
+from tuner.cli.table import columns, folded
 from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings
 from tuner.errors import ConfigError, DataError
@@ -80,7 +80,7 @@ def plain(text: str) -> str:
 def _text(inspection: Inspection, *, problems: bool) -> str:
     rows = [row for row in inspection.rows if not problems or not row.fine]
     table = [columns(HEADERS, [_cells(row) for row in rows]), ""] if rows else []
-    return "\n".join([*table, *_totals(inspection)])
+    return "\n".join([*table, *map(folded, _totals(inspection))])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -158,8 +158,8 @@ def _bucket_lines(inspection: Inspection) -> list[str]:
     ]
     short = sum(group.last < size for group in inspection.groups)
     ending = f"; in {short} of {len(rows)} buckets the last is incomplete" if short else ""
-    table = columns(("BUCKET", "ITEMS", "TURNS", "BATCHES", "LAST BATCH"), rows)
-    return [*(f"  {line}" for line in table.splitlines()), f"batches    {inspection.batches} an epoch, of {size}{ending}"]
+    table = columns(("BUCKET", "ITEMS", "TURNS", "BATCHES", "LAST BATCH"), rows, margin=2)
+    return [*table.splitlines(), f"batches    {inspection.batches} an epoch, of {size}{ending}"]
 
 
 def bucket_name(group: GroupTurns) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import click
 
+from tuner.cli.table import folded, terminal_width
 from tuner.config.options import Options
 from tuner.config.questions import Choices, Question, questions_of, shown
 from tuner.config.resolve import Settings
@@ -15,6 +16,8 @@ from tuner.errors import ConfigError, TunerError
 REQUIRED = ("model_family", "data")
 """Keys without a default."""
 WIDTH = 100
+ROOM = 8
+"""Characters for the answer, behind a question."""
 HELP = "?"
 
 
@@ -72,8 +75,8 @@ class Interview:
             self._accept(name, offered)
 
     def note(self, text: str) -> None:
-        """One line for people."""
-        click.echo(text)
+        """Lines for people."""
+        click.echo(folded(text))
 
     def _accept(self, name: str, value: object) -> None:
         remark = self._check(name, value)
@@ -96,7 +99,7 @@ class Interview:
         default, values = shown(offered), ", ".join(question.key.choices())
         prompt = " ".join(filter(None, [question.text, values and f"({values})", default and f"[{default}]"])) + " "
         while True:
-            text = input(prompt).strip()
+            text = input(folded(prompt.rstrip(), max(0, terminal_width() - ROOM)) + " ").strip()
             if text == HELP:
                 self.note("\n".join(_indented(line) for line in question.explain(choices).splitlines()))
                 continue
@@ -152,7 +155,7 @@ def _numbered(choices: Choices) -> list[str]:
 
 
 def _indented(line: str) -> str:
-    return textwrap.fill(line, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return textwrap.fill(line, min(WIDTH, terminal_width() or WIDTH), initial_indent="    ", subsequent_indent="    ")
 
 
 def as_json(options: type[Options], name: str, value: object) -> object:

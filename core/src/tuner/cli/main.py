@@ -18,6 +18,7 @@ import click
 
 import tuner
 from tuner.cli.quiet import silence_libraries
+from tuner.cli.table import folded, terminal_width
 from tuner.errors import TunerError
 
 COMMANDS: Mapping[str, str] = {
@@ -40,6 +41,8 @@ COMMANDS: Mapping[str, str] = {
 EPILOG = "`tuner plugins` lists what is installed, and the commands that plugins add."
 
 BUG, INTERRUPTED = 1, 130
+NARROW = 52
+"""Characters of a line, below which click does not follow the terminal."""
 
 
 @dataclass(slots=True)
@@ -87,7 +90,10 @@ class LazyGroup(click.Group):
 def build() -> LazyGroup:
     """The command line. Each call gives a group of its own, so that plugins' commands are those of that moment."""
 
-    @click.group("tuner", cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+    width = terminal_width()
+    narrow = {"terminal_width": width - 2} if 0 < width < NARROW else {}
+
+    @click.group("tuner", cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], **narrow})
     @click.version_option(tuner.__version__, prog_name="tuner")
     @click.option("--debug", is_flag=True, help="Show tracebacks of all errors, and debug messages (TUNER_DEBUG=1).")
     @click.pass_context
@@ -133,7 +139,8 @@ def _outcome(arguments: Sequence[str], invocation: Invocation, color: bool | Non
     except TunerError as error:
         if invocation.debug:
             traceback.print_exc()
-        click.echo(click.style("error: ", fg="red", bold=True) + str(error), err=True, color=color)
+        text = folded(f"error: {error}", terminal_width(sys.stderr)).removeprefix("error: ")
+        click.echo(click.style("error: ", fg="red", bold=True) + text, err=True, color=color)
         return error.exit_code
     except Exception:  # the last one to see it: shown in full, never swallowed
         traceback.print_exc()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tuner.cli.common import ConfiguredCommand
-from tuner.cli.table import columns
+from tuner.cli.table import columns, folded
 from tuner.config.edit import apply_keys
 from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings
@@ -145,7 +145,7 @@ def _text(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> str:
     table = columns(("", "GPU", "PINNED", "HOST", "S/STEP", "RESIDENCY", "PRECISION", "RECOMPUTED", "CONFIG"), cells)
     reasons = {row.where: f"not possible: {row.where + ': ' if row.where else ''}{row.problem}" for row in reversed(impossible)}
     more = [f"and {len(fitting) - SHOWN} more that fit, see --json"] if len(fitting) > SHOWN else []
-    return "\n".join([*head, "", table, *more, *reasons.values()])
+    return "\n".join([*map(folded, head), "", table, *map(folded, [*more, *reasons.values()])])
 
 
 def _cells(row: Row, job: Job, machine: Machine) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from tuner.cli.table import columns
+from tuner.cli.table import columns, folded
 from tuner.watch.folder import find_runs
 from tuner.watch.pace import GIB
 from tuner.watch.status import RunStatus, read_status
@@ -42,7 +42,7 @@ def command(run: Path, as_json: bool, watch: float | None) -> None:
 def shown(runs: Sequence[RunStatus]) -> str:
     """All about one run, or a row for each of several."""
     if len(runs) == 1:
-        return "\n".join(f"{label:<12}{words}" for label, words in details(runs[0]) if words)
+        return "\n".join(folded(f"{label:<12}{words}") for label, words in details(runs[0]) if words)
     return columns(HEADERS, [row(run) for run in runs])
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tuner.cli.common import ConfiguredCommand
 from tuner.cli.status_line import CacheBar, StatusLine, is_interactive
+from tuner.cli.table import folded
 from tuner.config.resolve import Settings
 from tuner.config.settings import OptimizerSettings, RunSettings, TrainSettings
 from tuner.plugins.registry import Registry
@@ -34,9 +35,9 @@ class Terminal:
         self._end_bar()
         self._rows("Plan", plan_rows(plan))
         if "\n" in (verdicts := plan.manifest.table()):
-            self.console.print(verdicts, markup=False, soft_wrap=True)
+            self.console.print(self._folded(verdicts), markup=False, soft_wrap=True)
         for notice in plan.notices:
-            self.console.print(f"notice: {notice}", markup=False, soft_wrap=True)
+            self.console.print(self._folded(f"notice: {notice}"), markup=False, soft_wrap=True)
 
     def _rows(self, title: str, rows: list[tuple[str, str]]) -> None:
         if not self.console.is_terminal:  # a file or another program, which wants a row on one line
@@ -44,6 +45,8 @@ class Terminal:
             self.console.print("\n".join([title, *(f"{label:<{width}}  {text}" for label, text in rows)]), markup=False, soft_wrap=True)
             return
         table = Table(title=title, show_header=False, box=None, title_justify="left", pad_edge=False)
+        table.add_column()
+        table.add_column(overflow="fold")  # nothing is cut off, however narrow it is
         for label, text in rows:
             table.add_row(label, text)
         self.console.print(table)
@@ -51,10 +54,14 @@ class Terminal:
     def note(self, text: str) -> None:
         """One sentence, above whatever is live."""
         self._end_bar()
+        text = self._folded(text)
         if self._line is not None:
             self._line.note(text)
         else:
             self.console.print(text, markup=False, soft_wrap=True)
+
+    def _folded(self, text: str) -> str:
+        return folded(text, self.console.width if self.console.is_terminal else 0)
 
     def caching(self, done: int, total: int, label: str) -> None:
         """Progress of finding or encoding clips."""
@@ -76,11 +83,11 @@ class Terminal:
         """Names every file."""
         self.close()
         if outcome.exit_code:
-            self.console.print(f"stopped at step {outcome.step}; go on with --resume_from_checkpoint latest", markup=False)
+            self.console.print(self._folded(f"stopped at step {outcome.step}; go on with --resume_from_checkpoint latest"), markup=False)
         files = [("checkpoint", outcome.checkpoint), *(("trained", file) for file in outcome.files)]
         for label, path in [*files, ("sample", outcome.sample), ("to publish", outcome.outbox)]:
             if path is not None:
-                self.console.print(f"{label:>10}  {path}", markup=False, soft_wrap=True)
+                self.console.print(self._folded(f"{label:>10}  {path}"), markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Ends whatever is live."""

@@ -28,13 +28,14 @@ body { margin: 0 auto; max-width: 84rem; padding: 1.5rem; background: var(--pape
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; } h3 { font-size: 1rem; margin: 0 0 .25rem; }
 p { margin: .25rem 0; } a { color: var(--mark); } img, svg { max-width: 100%; height: auto; }
-code, pre, .number { font-family: ui-monospace, monospace; font-size: .9em; } pre { white-space: pre-wrap; }
-table { border-collapse: collapse; display: block; overflow-x: auto; } th, td { padding: .2rem .8rem .2rem 0; text-align: left;
-  vertical-align: top; border-bottom: 1px solid var(--line); } th { color: var(--faint); font-weight: 600; }
+code, pre { font-family: ui-monospace, monospace; font-size: .9em; } pre { white-space: pre-wrap; }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: .5rem 0; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
+  overflow-wrap: break-word; } th { color: var(--faint); font-weight: 600; } td:first-child { white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-summary { cursor: pointer; } .faint { color: var(--faint); }
+input { accent-color: var(--mark); } summary { cursor: pointer; } .faint { color: var(--faint); }
 .good { color: var(--good); } .bad { color: var(--bad); } .odd { color: var(--odd); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 .card { background: var(--box); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem;
   content-visibility: auto; contain-intrinsic-size: auto 16rem; }
 .strip { display: flex; gap: .25rem; } .strip img { flex: 1 1 0; min-width: 0; object-fit: contain; border-radius: .25rem; }

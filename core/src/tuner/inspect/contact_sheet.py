@@ -6,11 +6,14 @@ from collections.abc import Iterator, Sequence
 
 from tuner.data.looks import Heard, Look
 from tuner.html.page import Html, details, element, image, join, page, section, table, waveform
-from tuner.inspect.inspection import Inspection, Row, SoundRow
+from tuner.inspect.inspection import CaptionRow, Inspection, Row, SoundRow
 
 PICTURED = 2000
 """Files whose pictures and waveform are kept, about 16 kB each: what browsers still open at ease."""
+SHORT = 200
+"""Characters of a caption that is shown at once."""
 STYLE = """
+.sums { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: flex-start; } .sums table { max-width: 100%; }
 .toggle { margin: .5rem 0; } body:has(#problems:checked) .fine { display: none; }
 .card .strip { margin: .5rem 0; min-height: 3rem; } .card ul { margin: .25rem 0; padding-left: 1.1rem; }
 """
@@ -23,7 +26,7 @@ def contact_sheet(inspection: Inspection) -> Html:
     found = [row for row in inspection.rows if not row.fine]
     toggle = element(
         "p", {"class": "toggle"}, element("label", {}, element("input", {"type": "checkbox", "id": "problems"}),
-        f" show only the {len(found)} files that are not used or have a remark"),
+        f" show only {_count(len(found), 'file')} not used or with a remark"),
     ) if found else ""  # fmt: skip
     more = len(inspection.rows) - PICTURED
     cut = element("p", {"class": "faint"}, f"The last {more} files are listed without pictures.") if more > 0 else ""
@@ -38,16 +41,27 @@ def _summary(inspection: Inspection) -> Iterator[Html]:
     if inspection.stops:
         yield element("p", {"class": "bad"}, f"Training would not start: {inspection.stops}")
     yield element("p", {}, f"{inspection.family}: {' + '.join(inspection.streams) or 'nothing to train'}. Sound: {inspection.sound}.")
+    if tables := list(_sums(inspection)):
+        yield element("div", {"class": "sums"}, *tables)
+    if inspection.groups:
+        yield element("p", {}, f"{inspection.batches} batches an epoch, of {inspection.batch_size}.")
+    if inspection.notices:
+        yield details(_count(len(inspection.notices), "notice"), *(element("p", {}, notice) for notice in inspection.notices))
+
+
+def _sums(inspection: Inspection) -> Iterator[Html]:
+    """What adds up, table by table."""
+    if inspection.groups:
+        rows = [(str(g.group[0]), str(g.items), str(g.turns), str(g.batches), str(g.last)) for g in inspection.groups]
+        yield table(("Bucket", "Items", "Turns an epoch", "Batches", "In the last batch"), rows, numbers=[1, 2, 3, 4])
     if reasons := inspection.manifest.reasons():
         yield table(("Left out", "Why", "Files"), [(status, why, str(n)) for (status, why), n in reasons.items()], numbers=[2])
     if inspection.remarked:
         yield table(("Remark", "Files"), [(kind, str(n)) for kind, n in inspection.remarked.items()], numbers=[1])
-    if inspection.groups:
-        rows = [(str(g.group[0]), str(g.items), str(g.turns), str(g.batches), str(g.last)) for g in inspection.groups]
-        yield table(("Bucket", "Items", "Turns an epoch", "Batches", "In the last batch"), rows, numbers=[1, 2, 3, 4])
-        yield element("p", {}, f"{inspection.batches} batches an epoch, of {inspection.batch_size}.")
-    if inspection.notices:
-        yield details(f"{len(inspection.notices)} notices", *(element("p", {}, notice) for notice in inspection.notices))
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def card(row: Row, look: Look | None) -> Html:
@@ -55,12 +69,16 @@ def card(row: Row, look: Look | None) -> Html:
     status = element("span", {"class": MARKS[row.status]}, row.status)
     own = join([status, f": {row.detail or row.reason}" if row.reason else ""])
     remarks = [element("li", {"class": "odd"}, remark.text) for remark in row.remarks]
-    caption = [details(f"caption, {row.caption.words} words", element("p", {}, row.caption.text))] if row.caption else []
     return element(
         "article", {"class": "card fine" if row.fine else "card"}, element("h3", {}, row.file), *(_strips(row, look) if look else ()),
         element("p", {"class": "faint"}, ", ".join(_facts(row))), element("p", {}, own),
-        *([element("ul", {}, *remarks)] if remarks else ()), *caption,
+        *([element("ul", {}, *remarks)] if remarks else ()), *([_caption(row.caption)] if row.caption else ()),
     )  # fmt: skip
+
+
+def _caption(caption: CaptionRow) -> Html:
+    words = f"caption, {_count(caption.words, 'word')}"
+    return details(words, element("p", {}, caption.text), opened=len(caption.text) <= SHORT)
 
 
 def _strips(row: Row, look: Look) -> Iterator[Html]:

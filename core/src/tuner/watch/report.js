@@ -197,7 +197,7 @@ class Chart {
       make("path", { class: "line", d: `M${MARGIN.left} ${y}H${inside.right}` }, this.svg);
       make("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, this.svg, shown(value));
     }
-    for (const value of ticks(...columns, Math.max(2, Math.floor((inside.right - MARGIN.left) / 90)))) {
+    for (const value of ticks(...columns, Math.max(4, Math.floor((inside.right - MARGIN.left) / 90)))) {
       if (value >= columns[0] && value <= columns[1]) {
         const x = this.sx(value), anchor = x > inside.right - 20 ? "end" : "middle";
         make("text", { x, y: inside.bottom + 16, "text-anchor": anchor }, this.svg, shown(value));

@@ -40,7 +40,7 @@ def overview(history: History, made: str) -> Html:
         ("Held-out loss", " | ".join(_loss(name, value) for name, value in status.heldout.items())),
         ("Pace", f"{status.seconds_per_step:.3g} s a step" if status.seconds_per_step else ""),
         ("Left", duration(status.eta) if status.eta is not None else ""),
-        ("Memory", _memory(status.memory)),
+        ("Peak memory", _memory(status.memory)),
         ("Last checkpoint", status.checkpoint),
         ("Started", moment(status.started)),
         ("Page made", made),
@@ -51,14 +51,14 @@ def overview(history: History, made: str) -> Html:
 
 
 def _loss(name: str, value: float) -> str:
-    return f"{name.removeprefix('loss/')} {value:.4f}"
+    return f"{name.removeprefix('loss/')}\N{NO-BREAK SPACE}{value:.4f}"
 
 
 def _memory(memory: Mapping[str, object]) -> str:
     peak, limit = number(memory.get("peak")), number(memory.get("limit"))
     if peak is None or limit is None:
         return ""
-    return f"{text(memory.get('place'))}: at most {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
+    return f"{text(memory.get('place'))}: {peak / GIB:.1f} of {limit / GIB:.1f} GiB"
 
 
 def curves(found: Sequence[Chart]) -> Html:
