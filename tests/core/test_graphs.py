@@ -142,3 +142,39 @@ def test_a_step_that_does_not_fit_beside_graphs_makes_them_go(taped: None) -> No
     larger = item(20, 9)
     (result,) = bench.execution([larger, larger], 9, 0.5)[:1]
     assert graphs.captured == 0 and calls == [2] and result.loss.isfinite()
+
+
+def test_a_plain_step_that_does_not_fit_beside_graphs_is_carried_out_without_them(taped: None, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where nobody watches a budget. Half of an optimizer step cannot be repeated."""
+    plain, bench = Bench(PlainExecution), Bench(GraphExecution)
+    graphs = bench.execution
+    assert isinstance(graphs, GraphExecution)
+    for number in range(PLAIN_FIRST + 1):
+        assert all(torch.equal(a, b) for a, b in zip(bench.step(number, 1), plain.step(number, 1), strict=True))
+    assert graphs.captured == 1
+    full = full_next(bench.family)
+    (expected,), (found,) = (one.execution([item(20, 9), item(21, 9)], 9, 0.5)[:1] for one in (plain, bench))
+    assert full == [True] and torch.equal(found.loss, expected.loss) and graphs.captured == 0
+    assert [summed(master) for master in bench.masters.optimized()] == [summed(master) for master in plain.masters.optimized()]
+    assert caplog.text.count("carried out plainly") == 1
+    full_next(bench.family)
+    with pytest.raises(torch.OutOfMemoryError, match="planned"):
+        bench.execution([item(22, 9)], 9, 0.5)
+
+
+def summed(master: Tensor) -> float | None:
+    return None if master.grad is None else float(master.grad.double().sum())
+
+
+def full_next(family: Mixing) -> list[bool]:
+    """Lets the family's next end of a forward pass meet a full device; filled when it does."""
+    leave, met = Mixing.exit, list[bool]()
+
+    def exit(model: Any, state: Any) -> Any:
+        if not met:
+            met.append(True)
+            raise torch.OutOfMemoryError("planned")
+        return leave(family, model, state)
+
+    family.exit = exit  # type: ignore[method-assign]
+    return met

@@ -67,6 +67,7 @@ class ActivationBudget(Execution):
         """
         super().__init__(inner.training, inner.masters)
         self.inner, self.runner = inner, runner
+        inner.makes_room = False  # steps without graphs are slower than steps that recompute more
         self.budget, self.block = budget, block
         self._largest, self._peak = largest, peak
         self._seen = 0
