@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tuner.builtins.losses import FlowMatchingLoss
 from tuner.errors import EnvironmentProblem
 from tuner.model.runner import BlockRunner
 from tuner.testing.blocks import MixingModel, call_mixing_block
+from tuner.train import execute
 from tuner.train.activations import ActivationBudget, keep_last
 from tuner.train.execute import PLAIN_FIRST, Execution, GraphExecution, PlainExecution
 from tuner.train.masters import MasterWeights
@@ -178,3 +180,29 @@ def full_next(family: Mixing) -> list[bool]:
 
     family.exit = exit  # type: ignore[method-assign]
     return met
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_capture_that_cannot_be_ended_is_ended_for_the_allocator(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else memory that it holds is never given back, and no other that is cached, either."""
+    told: list[str] = []
+
+    @contextmanager
+    def graph(made: object, **keys: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("the capture was invalidated")
+
+    def end(device: int, pool: object) -> None:
+        if ended:
+            raise RuntimeError("not currently recording to mempool_id")
+        told.append("end")
+
+    for name, stand_in in {
+        "graph": graph, "stream": nullcontext, "current_stream": lambda: None, "synchronize": lambda: None, "current_device": lambda: 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: told.append("release"), raising=False)
+    with pytest.raises(RuntimeError, match="invalidated"), execute.recording(object(), (0, 1)):  # type: ignore[arg-type]
+        pass
+    assert told == ([] if ended else ["end", "release"])

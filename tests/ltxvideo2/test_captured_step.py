@@ -49,13 +49,13 @@ CREPA = {"crepa_enabled": True, "crepa_encoder": "tiny", "crepa_encoder_image_si
 class Recording(Watch):
     """Stands for a graph: knows the tensors that were there before and are read."""
 
-    made: ClassVar[list[Recording]] = []
+    all: ClassVar[list[Recording]] = []
 
     def __init__(self) -> None:
         super().__init__()
         self.read: dict[int, StorageWeakRef] = {}
         self._own: set[int] = set()
-        self.made.append(self)
+        self.all.append(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in found((args, kwargs)):
@@ -78,7 +78,7 @@ def found(values: object) -> list[Tensor]:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     """All that are made."""
     made: list[Recording] = []
-    monkeypatch.setattr(Recording, "made", made)
+    monkeypatch.setattr(Recording, "all", made)
 
     @contextmanager
     def recording(graph: Recording, pool: object) -> Iterator[None]:

@@ -204,7 +204,7 @@ class GraphExecution(Execution):
 
 
 @contextmanager
-def recording(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
+def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     """What is issued inside goes into `graph`, and is not run."""
     with torch.cuda.stream(torch.cuda.current_stream()):  # torch stays on the stream of a capture that fails
         torch.cuda.synchronize()
@@ -217,7 +217,7 @@ def recording(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[No
             raise
 
 
-def leave_pool(device: int, pool: tuple[int, int]) -> None:
+def leave_pool(device: int, pool: Any) -> None:
     """After a capture that failed. One that cannot even be ended is never ended for torch's allocator (torch 2.11): it would go on taking
     itself for capturing, give no cached memory back when memory is short, and keep that of the pool for good."""
     with suppress(RuntimeError):  # it was ended
