@@ -124,6 +124,28 @@ def test_replays_are_right_whatever_ran_between(
     assert torch.equal(replayed.observe(80), plain.observe(80))
 
 
+@pytest.mark.parametrize("session", [ring, leaves])
+def test_a_pass_from_which_nothing_is_learned_ends_like_any_other(
+    session: Callable[[], MemorySession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the stream that has a loss there is no walk back; the weights must still be where a replay looks for them."""
+    tape(monkeypatch)
+    plain, replayed = Bench(PlainExecution), Bench(GraphExecution, session())
+    learning, execution = replayed.execution.training, replayed.execution
+    assert isinstance(execution, GraphExecution)
+    for number in range(14):
+        if number % 2:
+            expected, given = plain.step(number), replayed.step(number)
+            assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True)), f"step {number}"
+            continue
+        execution.training = execution.plain.training = replace(learning, loss_terms=[FlowMatchingLoss("audio")])
+        (result,) = execution([item(number, 9)], number, 0.25)  # another share: a graph of its own
+        execution.training = execution.plain.training = learning
+        assert not float(result.loss) and not replayed.runner.under_way
+    assert execution.captured == 2
+    assert torch.equal(replayed.observe(80), plain.observe(80))
+
+
 def test_an_error_behind_the_blocks_ends_the_pass_before_the_capture_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the copies' stream would be away, and the capture could not be ended."""
     tape(monkeypatch)

@@ -115,7 +115,7 @@ class ActivationBudget(Execution):
         """Corrects once, after so many steps of the largest shape; too much is taken back at any time."""
         if self._seen >= WATCHED:
             return
-        peak = self._peak()
+        peak = self._peak() + self.inner.to_come
         self._seen += any(self._largest(item.batch) for item in items)
         if self._seen < WATCHED and peak <= self.budget:
             return

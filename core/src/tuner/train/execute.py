@@ -48,6 +48,11 @@ class Execution(ABC):
     def __call__(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
         """`share`: of each batch in the optimizer step's loss. The results have no graph; their tensors hold until the next call."""
 
+    @property
+    def to_come(self) -> int:
+        """Bytes that are held beside a step from some step on, but not in the first ones."""
+        return 0
+
     def release(self) -> bool:
         """Gives memory back that is held for steps to come; whether there was any."""
         return False
@@ -69,6 +74,7 @@ def _forward_backward(training: TrainingModel, items: Sequence[Item], step: int,
     if losses := [result.loss * share for result in results if result.loss.requires_grad]:
         total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         total.backward()  # type: ignore[no-untyped-call]
+    training.blocks.leave()  # where nothing was to be learned
     return results
 
 
@@ -103,6 +109,11 @@ class GraphExecution(Execution):
     def captured(self) -> int:
         """How many shapes are replayed."""
         return len(self._graphs)
+
+    @property
+    def to_come(self) -> int:
+        """The gradients that the graphs write."""
+        return sum(master.nbytes for master in self.masters.optimized())
 
     def __call__(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
         keys = tuple(regularizer.graph_key() for regularizer in self.training.regularizers)
