@@ -157,6 +157,7 @@ def main(argv: list[str]) -> int:
     """Runs them all."""
     arguments = parse(argv)
     ends = time.monotonic() + arguments.budget
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a program under way is ended, too
     arguments.out.mkdir(parents=True, exist_ok=True)
     out = arguments.out.resolve()
     done: list[Done] = []
