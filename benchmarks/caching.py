@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from figures import Figure, write_json
 from plain import default_dtype
 from step import describe_machine, synchronize
 from tuner.config.datasets import load_datasets
@@ -40,6 +42,16 @@ from tuner_ltxvideo2.video_latents import VideoLatentEncoder, scaled
 
 BUSY = 0.8
 """Least share of the time in which the encoder should work."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    seconds: float
+    busy: float
+    """Share of it in the encoder."""
 
 
 class RandomVae(WeightSource):
@@ -133,6 +145,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", choices=("real", "tiny"), default="real")
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--batch_size", type=int, default=1, help="vae_batch_size")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.size == "real" and device.type == "cpu":
@@ -141,7 +154,8 @@ def main(argv: list[str]) -> int:
     real = arguments.size == "real"
     dtype = torch.bfloat16 if real else torch.float32
     width, height, frames = (832, 480, 49) if real else (96, 64, 17)
-    print("\n".join(f"{name}: {value}" for name, value in describe_machine(device).items()))
+    machine = describe_machine(device)
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print(f"{arguments.clips} clips of {width}x{height} and {frames} frames\n")
     print("| Caching | s in all | clips/s | s in the encoder | busy |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
@@ -160,6 +174,9 @@ def main(argv: list[str]) -> int:
     for name, (total, busy) in rows.items():
         asked = f" (at least {BUSY:.0%})" if name == "tuner" else ""
         print(f"| {name} | {total:.2f} | {arguments.clips / total:.2f} | {busy:.2f} | {busy / total:.0%}{asked} |")
+    measured = [Row(name, total, busy / total) for name, (total, busy) in rows.items()]
+    shares = [Figure(f"{row.name}, encoder busy", row.busy, "", least=BUSY if real and row.name == "tuner" else None) for row in measured]
+    write_json(arguments.json, machine, measured, [*(Figure(f"{row.name}, in all", row.seconds) for row in measured), *shares])
     return 0
 
 

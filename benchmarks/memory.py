@@ -11,17 +11,17 @@ pinned copy, measured here too. Nothing that streams can be faster. Peak memory 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from figures import Figure, write_json
 from plain import WORK, Shape
 from product import ProductStep, Setup
 from step import GIB, WARM_UP, describe_machine, synchronize
@@ -162,8 +162,8 @@ def walks_of(step: ProductStep, device: torch.device, total: float, graphs: bool
     return forward, total - forward
 
 
-def measure(arguments: argparse.Namespace, device: torch.device, speed: float) -> list[Timed]:
-    """Every case that is asked for, on every work that is; a model is built once a case."""
+def measure(arguments: argparse.Namespace, device: torch.device, speed: float, seen: Callable[[list[Timed]], None]) -> None:
+    """Every case that is asked for, on every work that is; a model is built once a case. `seen`: is shown the rows after each new one."""
     works = arguments.rows.split(",")
     every = cases(48 if arguments.size == "real" else 2)
     chosen = [case for case in every if any(word in case.name for word in arguments.only.split(","))]
@@ -195,9 +195,9 @@ def measure(arguments: argparse.Namespace, device: torch.device, speed: float) -
                 name = case.name + ", CUDA graph" * graphs
                 rows.append(Timed(work, name, seconds, peak, bound, seconds / bound, held / GIB, asked))
                 show(rows[-1])
+                seen(rows)
         free(step, device)
         del step
-    return rows
 
 
 def shape_of(size: str, work: str) -> Shape:
@@ -235,6 +235,18 @@ def show(row: Timed) -> None:
     print(f"| {row.work} | {row.name} | {peak} | {row.weights_gib:.2f} | {row.seconds:.3f} | {row.bound:.3f} | {times} |", flush=True)
 
 
+def figures(rows: list[Timed]) -> list[Figure]:
+    """Peak and ratio to the bound of each."""
+    found = []
+    for row in rows:
+        name = f"{row.work}: {row.name}"
+        found += [
+            Figure(f"{name}, step", row.seconds), Figure(f"{name}, peak", row.peak_gib, "GiB", row.limits[0]),
+            Figure(f"{name}, against the bound", row.ratio, "", row.limits[1]),
+        ]  # fmt: skip
+    return found
+
+
 def main(argv: list[str]) -> int:
     """Measures, prints, and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -254,10 +266,7 @@ def main(argv: list[str]) -> int:
     print(f"link: {speed / 1e9:.1f} GB/s pinned, measured here")
     print("every block recomputed, LoRA rank 32; head: 832x480x17, batch 2; 121f: 768x512x121, batch 1; video: head, video stream alone\n")
     print("| Work | Weights | peak GiB | block weights on the device, GiB | s/step | bound, s | ratio |\n|---|---|---|---|---|---|---|")
-    rows = measure(arguments, device, speed)
-    if arguments.json:
-        result = {"machine": machine, "link": speed, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    measure(arguments, device, speed, lambda rows: write_json(arguments.json, machine, rows, figures(rows), link=speed))
     return 0
 
 

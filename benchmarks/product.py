@@ -28,6 +28,7 @@ from tuner.interfaces.family import Batch, BuildContext, Noise, Sample, StreamBa
 from tuner.interfaces.losses import Regularizer
 from tuner.interfaces.memory import Placement
 from tuner.model.adapters import add_adapters
+from tuner.model.compiled import CompiledBlocks
 from tuner.model.placing import RunMemory
 from tuner.model.runner import BlockRunner, Checkpointing
 from tuner.model.selection import with_counts
@@ -89,6 +90,7 @@ class ProductStep:
         self.runner = BlockRunner(
             blocks, self.family.call_block, checkpointing=policy, session=self.session,
             transforms=[t for r in self.regularizers for t in r.transforms()], taps=[t for r in self.regularizers for t in r.taps()],
+            train_block=CompiledBlocks(self.family.call_block, setup.dynamo_mode) if setup.dynamo_mode else None,
         )  # fmt: skip
         terms = [*(FlowMatchingLoss(name) for name in self.streams), *(t for r in self.regularizers for t in r.loss_terms())]
         self.run = run = TrainingModel(self.family, model, self.runner, terms, self.regularizers)
@@ -167,11 +169,12 @@ def open_memory(keys: Mapping[str, str], device: torch.device) -> RunMemory:
 
     strategies = [build(c) for c in registry.components("memory_strategy") if settings.get(c.options).enabled()]
     model = settings.get(ModelSettings)
-    if model.base_model_precision == "no_change":
-        return RunMemory(strategies)
-    quantizer = build(registry.component("quantizer", model.base_model_precision))
-    quantizer.compute = model.base_model_compute
-    return RunMemory(strategies, {"transformer": quantizer})
+    precisions = {"transformer": model.base_model_precision, "text_encoder": model.text_encoder_1_precision}
+    wanted = {part: registry.component("quantizer", name) for part, name in precisions.items() if name != "no_change"}
+    quantizers = {part: build(component) for part, component in wanted.items()}
+    if "transformer" in quantizers:
+        quantizers["transformer"].compute = model.base_model_compute
+    return RunMemory(strategies, quantizers)
 
 
 def attached(keys: Mapping[str, str], blocks: BlockSet, context: BuildContext) -> tuple[Regularizer, ...]:

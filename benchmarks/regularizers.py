@@ -15,13 +15,14 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from figures import Figure, write_json
 from memory import free, run
 from plain import WORK, Shape, Size
 from product import ProductStep, Setup
@@ -83,8 +84,8 @@ def operations(step: ProductStep) -> int:
     return counted
 
 
-def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -> list[Timed]:
-    """Every row, for each setting; a model is built once for each technique and checkpointing."""
+def measure(arguments: argparse.Namespace, device: torch.device, folder: Path, seen: Callable[[list[Timed]], None]) -> list[Timed]:
+    """Every row, for each setting; a model is built once for each technique and checkpointing. `seen`: is shown all after each new one."""
     size: Size = arguments.size
     shape = WORK[size][arguments.work]  # type: ignore[index]
     blocks = 48 if size == "real" else 2
@@ -107,6 +108,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, folder: Path) -
                 row = Timed(name, checkpointing, graph, seconds, peak, work / counted, speed, "", True)
                 rows.append(judged(row) if size == "real" else row)
                 show(rows[-1])
+                seen(rows)
             free(step, device)
             del step
     return rows
@@ -119,6 +121,18 @@ def judged(row: Timed) -> Timed:
     if row.name == CREPA:
         return replace(row, limit=f"at least {1 / MOST_ADDED:.3f}", kept=row.speed >= 1 / MOST_ADDED)
     return row
+
+
+def figures(rows: list[Timed]) -> list[Figure]:
+    """Seconds of each, and how many times as fast as plain it is."""
+    least = {TREAD: LEAST_SPEED, CREPA: 1 / MOST_ADDED}
+    found = []
+    for row in rows:
+        name = f"{row.name}, {'recomputed' if row.checkpointing else 'kept'}, {'CUDA graph' if row.graph else 'plain'}"
+        found.append(Figure(f"{name}, step", row.seconds))
+        if row.name != PLAIN:
+            found.append(Figure(f"{name}, speed against plain", row.speed, "", least=least[row.name] if row.limit else None))
+    return found
 
 
 def show(row: Timed) -> None:
@@ -159,10 +173,7 @@ def main(argv: list[str]) -> int:
     print("| Step | Blocks' activations | Carried out | peak GiB | s/step | less work, times | faster, times |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(arguments, device, Path(folder))
-    if arguments.json:
-        result = {"machine": machine, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        rows = measure(arguments, device, Path(folder), lambda rows: write_json(arguments.json, machine, rows, figures(rows)))
     return int(not all(row.kept for row in rows))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline
 from torch import Tensor, nn
 
+from figures import Figure, write_json
 from plain import REAL, Size
 from product import build_model
 from step import GIB, describe_machine, synchronize
@@ -203,9 +203,9 @@ def main(argv: list[str]) -> int:
     rows.append(measure("diffusers, LTX2Pipeline", lambda: run(request), device, arguments.clips))
     del pipeline
     print(render(rows))
-    if arguments.json:
-        result = {"machine": machine, "work": asdict(request) | {"text": {}}, "size": arguments.size, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    mine, other = (row.seconds for row in rows)
+    clips = [Figure("tuner, clip", mine, most=round(other, 3)), Figure("diffusers, clip", other)]
+    write_json(arguments.json, machine, rows, clips, work=asdict(request) | {"text": {}}, size=arguments.size)
     return 0
 
 

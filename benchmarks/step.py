@@ -11,7 +11,6 @@ audio branch out.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import statistics
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from figures import Figure, write_json
 from plain import WORK, LoraDtype, Shape, StepFunction, plain_step_factory
 
 WARM_UP = 5
@@ -96,7 +96,8 @@ def product_row(shape: Shape, arguments: argparse.Namespace, device: torch.devic
     from product import Setup, product_step_factory  # tuner is not needed to time the peer alone
 
     keys = {"base_model_compute": "fp8"} if arguments.fp8 else {}
-    setup = Setup(arguments.checkpointing, arguments.video_only, arguments.cuda_graphs, dynamo_mode=arguments.dynamo_mode, keys=keys)
+    graphs = arguments.cuda_graphs and device.type == "cuda"
+    setup = Setup(arguments.checkpointing, arguments.video_only, graphs, dynamo_mode=arguments.dynamo_mode, keys=keys)
     made = product_step_factory(shape, setup, device, arguments.size)
     name = "tuner" + ", video only" * arguments.video_only + ", CUDA graph" * arguments.cuda_graphs
     name += ", fp8 products" * arguments.fp8
@@ -123,6 +124,12 @@ def render(rows: list[Row]) -> str:
         ratio = f"{min(peers) / row.seconds:.2f}" if peers else "-"
         lines.append(f"| {row.name} | {row.seconds:.3f} | {row.fastest:.3f} - {row.slowest:.3f} | {peak} | {ratio} |")
     return "\n".join(lines)
+
+
+def figures(rows: list[Row]) -> list[Figure]:
+    """Seconds and peak of each."""
+    peaks = [Figure(f"{row.name}, peak", row.peak_gib, "GiB") for row in rows if row.peak_gib is not None]
+    return [*(Figure(f"{row.name}, step", row.seconds) for row in rows), *peaks]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -165,10 +172,10 @@ def main(argv: list[str]) -> int:
     if arguments.product:
         rows.append(product_row(shape, arguments, device))
     print(render(rows))
-    if arguments.json:
-        result = {"machine": machine, "work": asdict(shape), "size": arguments.size, "checkpointing": arguments.checkpointing,
-                  "steps": arguments.steps, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(
+        arguments.json, machine, rows, figures(rows), work=asdict(shape), size=arguments.size, checkpointing=arguments.checkpointing,
+        steps=arguments.steps,
+    )  # fmt: skip
     return 0
 
 

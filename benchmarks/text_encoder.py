@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Gemma3TextConfig
 
+from figures import Figure, write_json
 from plain import default_dtype
 from product import open_memory
 from step import GIB, describe_machine, synchronize
@@ -54,6 +56,23 @@ SIZES: Mapping[str, Mapping[str, int]] = {
         "num_key_value_heads": 2, "head_dim": 32,
     },
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    peak_gib: float
+    seconds: float
+    loaded: float
+    streamed: bool
+
+
+def figures(rows: list[Row]) -> list[Figure]:
+    """Peak and seconds of each."""
+    peaks = [Figure(f"{row.name}, peak", row.peak_gib, "GiB", LIMIT_GIB if row.streamed else None) for row in rows]
+    return [*peaks, *(Figure(f"{row.name}, caption", row.seconds) for row in rows)]
 
 
 class Connectors(WeightSource):
@@ -142,12 +161,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--folder", type=Path, help="where the weights are written; a temporary folder when left out")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--captions", type=int, default=4)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.size == "real" and device.type == "cpu":
         print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
         return 3
-    print("\n".join(f"{name}: {value}" for name, value in describe_machine(device).items()))
+    machine = describe_machine(device)
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder, size = Path(scratch), SIZES[arguments.size]
         write_gemma(folder, size)
@@ -155,7 +177,9 @@ def main(argv: list[str]) -> int:
         print("\n| Text encoder | peak GiB | s/caption | s to load |\n|---|---|---|---|", flush=True)
         for name, keys in ((n, k) for n, k in CASES.items() if arguments.only in n):
             loaded, seconds, peak = measure(folder, source, keys, device, arguments.captions)
-            limit = f" (at most {LIMIT_GIB:g})" if any("ramtorch" in key or "group" in key for key in keys) else ""
+            rows.append(Row(name, peak, seconds, loaded, any("ramtorch" in key or "group" in key for key in keys)))
+            write_json(arguments.json, machine, rows, figures(rows))
+            limit = f" (at most {LIMIT_GIB:g})" if rows[-1].streamed else ""
             print(f"| {name} | {peak:.2f}{limit} | {seconds:.3f} | {loaded:.1f} |", flush=True)
     return 0
 

@@ -32,9 +32,6 @@ class Tape(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, _tensors(result)))
         return result
 
-    def pool(self) -> tuple[int, int]:
-        return 0, id(self)
-
     @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, places in self.calls:
@@ -61,4 +58,5 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(execute, "recording", recording)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

@@ -14,7 +14,7 @@ from tuner.interfaces.blocks import BlockState
 from tuner.model.runner import BlockRunner
 from tuner.testing.blocks import MixingModel, call_mixing_block
 from tuner.train.activations import ActivationBudget, corrected, keep_last
-from tuner.train.execute import PlainExecution
+from tuner.train.execute import GraphExecution, PlainExecution
 from tuner.train.masters import MasterWeights
 from tuner.train.step import TrainingModel
 
@@ -83,6 +83,17 @@ def test_what_is_over_is_taken_back_at_once() -> None:
     bench.peaks = [0, 1250]
     bench.step(0, frames=1)
     assert bench.execution.kept == 2
+
+
+def test_what_graphs_will_hold_beside_a_step_is_left_free() -> None:
+    """They come after the steps that are watched, with gradients of their own."""
+    bench = Bench(kept=2, budget=100_000)
+    bench.execution.inner = GraphExecution(bench.execution.training, bench.masters)
+    coming = sum(4 * parameter.numel() for parameter in bench.masters.optimized())
+    bench.peaks = [0, 0, 0, 100_000 - coming - 450]
+    bench.step(0)
+    bench.step(1)
+    assert bench.execution.inner.to_come == coming and bench.execution.kept == 4  # half of 450
 
 
 @pytest.mark.parametrize("full_after", [DEPTH + 2, 3], ids=["on the way back", "on the way there"])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -78,3 +79,20 @@ def test_what_cannot_be_compiled_is_called_plainly_and_that_is_said_once(caplog:
     found = gradients(net, BlockRunner(net.block_set(), reading, train_block=blocks))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert blocks.failed and caplog.text.count("called plainly") == 1
+
+
+def test_shapes_beyond_the_compilers_own_limit_are_compiled_in_every_thread() -> None:
+    """The compiler's settings belong to a thread, and on a GPU backward passes run in one of autograd's."""
+    net = MixingModel(1)
+    blocks = CompiledBlocks(call_mixing_block, backend="eager")
+    runner = BlockRunner(net.block_set(), call_mixing_block, checkpointing=Checkpointing.every(1), train_block=blocks)
+    shapes = range(2, 12)
+    found: list[Tensor] = []
+
+    def work() -> None:
+        found.extend(gradients(net, runner, tokens)[0] for tokens in shapes)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(found) == len(shapes) and not blocks.failed

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tuner.builtins.losses import FlowMatchingLoss
 from tuner.errors import EnvironmentProblem
 from tuner.model.runner import BlockRunner
 from tuner.testing.blocks import MixingModel, call_mixing_block
+from tuner.train import execute
 from tuner.train.activations import ActivationBudget, keep_last
 from tuner.train.execute import PLAIN_FIRST, Execution, GraphExecution, PlainExecution
 from tuner.train.masters import MasterWeights
@@ -142,3 +144,65 @@ def test_a_step_that_does_not_fit_beside_graphs_makes_them_go(taped: None) -> No
     larger = item(20, 9)
     (result,) = bench.execution([larger, larger], 9, 0.5)[:1]
     assert graphs.captured == 0 and calls == [2] and result.loss.isfinite()
+
+
+def test_a_plain_step_that_does_not_fit_beside_graphs_is_carried_out_without_them(taped: None, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where nobody watches a budget. Half of an optimizer step cannot be repeated."""
+    plain, bench = Bench(PlainExecution), Bench(GraphExecution)
+    graphs = bench.execution
+    assert isinstance(graphs, GraphExecution)
+    for number in range(PLAIN_FIRST + 1):
+        assert all(torch.equal(a, b) for a, b in zip(bench.step(number, 1), plain.step(number, 1), strict=True))
+    assert graphs.captured == 1
+    full = full_next(bench.family)
+    (expected,), (found,) = (one.execution([item(20, 9), item(21, 9)], 9, 0.5)[:1] for one in (plain, bench))
+    assert full == [True] and torch.equal(found.loss, expected.loss) and graphs.captured == 0
+    assert [summed(master) for master in bench.masters.optimized()] == [summed(master) for master in plain.masters.optimized()]
+    assert caplog.text.count("carried out plainly") == 1
+    full_next(bench.family)
+    with pytest.raises(torch.OutOfMemoryError, match="planned"):
+        bench.execution([item(22, 9)], 9, 0.5)
+
+
+def summed(master: Tensor) -> float | None:
+    return None if master.grad is None else float(master.grad.double().sum())
+
+
+def full_next(family: Mixing) -> list[bool]:
+    """Lets the family's next end of a forward pass meet a full device; filled when it does."""
+    leave, met = Mixing.exit, list[bool]()
+
+    def exit(model: Any, state: Any) -> Any:
+        if not met:
+            met.append(True)
+            raise torch.OutOfMemoryError("planned")
+        return leave(family, model, state)
+
+    family.exit = exit  # type: ignore[method-assign]
+    return met
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_capture_that_cannot_be_ended_is_ended_for_the_allocator(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else memory that it holds is never given back, and no other that is cached, either."""
+    told: list[str] = []
+
+    @contextmanager
+    def graph(made: object, **keys: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("the capture was invalidated")
+
+    def end(device: int, pool: object) -> None:
+        if ended:
+            raise RuntimeError("not currently recording to mempool_id")
+        told.append("end")
+
+    for name, stand_in in {
+        "graph": graph, "stream": nullcontext, "current_stream": lambda: None, "synchronize": lambda: None, "current_device": lambda: 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: told.append("release"), raising=False)
+    with pytest.raises(RuntimeError, match="invalidated"), execute.recording(object(), (0, 1)):  # type: ignore[arg-type]
+        pass
+    assert told == ([] if ended else ["end", "release"])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,13 +36,36 @@ CLIP = ClipShape(64, 64, 17, 25.0, 0.68)
 STREAMS = ("video", "audio")
 
 
+class Made(TorchFunctionMode):
+    """Counts tensors that are made of Python's values: torch copies those to their device unseen by dispatch."""
+
+    def __init__(self, host: Counter[str]) -> None:
+        super().__init__()
+        self.host = host
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.tensor, torch.as_tensor, torch.asarray):
+            self.host[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations of the device, and those that touch tensors of the host; views cost nothing."""
+    """Counts operations of the device, and those that touch tensors or values of the host; views cost nothing."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.launched: Counter[str] = Counter()
         self.host: Counter[str] = Counter()
+        self.made = Made(self.host)
+
+    def __enter__(self) -> Watch:
+        self.made.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *state: Any) -> None:
+        super().__exit__(*state)  # type: ignore[no-untyped-call]
+        self.made.__exit__(*state)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -119,4 +143,8 @@ def test_what_would_be_noticed() -> None:
     watch = Watch()
     with watch:
         there + torch.tensor([1.0, 2.0, 3.0]).to(META)
+    assert watch.host
+    watch = Watch()
+    with watch:
+        there + torch.tensor([1.0, 2.0, 3.0], device=META)
     assert watch.host

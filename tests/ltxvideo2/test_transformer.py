@@ -328,7 +328,7 @@ def test_timestep_stays_fp32_up_to_its_embedding() -> None:
 
 def test_rotary_tables_are_built_once_and_bounded() -> None:
     model = transformer()
-    tables = forward.RotaryTables(capacity=2)
+    tables = forward.RotaryTables(capacity=2, spare=0)
     device = torch.device("cpu")
 
     def table(rates: tuple[float, ...], grid: tuple[int, int, int] = GRID) -> Tensor:
@@ -343,6 +343,10 @@ def test_rotary_tables_are_built_once_and_bounded() -> None:
     for frames in range(1, 6):
         table((25.0,), (frames, 2, 2))
     assert [len(kept) for kept in tables._tables.values()] == [2]
+    tables.spare = 14 * 2 * table((25.0,), (1, 2, 2)).nbytes
+    for frames in range(1, 6):
+        table((25.0,), (frames, 2, 2))
+    assert [len(kept) for kept in tables._tables.values()] == [4], "those of 5, 4, 3 and 2 frames are as much as 14"
 
 
 def test_gradients_reach_the_weights_through_all_parts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from core.mixing import Mixing, item
 from core.taped import Tape, tape
 from tuner.builtins.losses import FlowMatchingLoss
+from tuner.interfaces.losses import LossValue, StepState
 from tuner.interfaces.memory import MemorySession
 from tuner.model.runner import BlockRunner, Checkpointing
 from tuner.testing.blocks import MixingModel, call_mixing_block
@@ -28,9 +30,15 @@ CPU = torch.device("cpu")
 class TapedLink(HostLink):
     """Knows when its copies are recorded."""
 
+    drained_while_recording = 0
+
     @property
     def capturing(self) -> bool:
         return Tape.recording
+
+    def drain(self) -> None:
+        super().drain()
+        self.drained_while_recording += Tape.recording
 
 
 def ring() -> MemorySession:
@@ -114,3 +122,46 @@ def test_replays_are_right_whatever_ran_between(
             between(replayed)
     assert isinstance(replayed.execution, GraphExecution) and replayed.execution.captured == 1
     assert torch.equal(replayed.observe(80), plain.observe(80))
+
+
+@pytest.mark.parametrize("session", [ring, leaves])
+def test_a_pass_from_which_nothing_is_learned_ends_like_any_other(
+    session: Callable[[], MemorySession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the stream that has a loss there is no walk back; the weights must still be where a replay looks for them."""
+    tape(monkeypatch)
+    plain, replayed = Bench(PlainExecution), Bench(GraphExecution, session())
+    learning, execution = replayed.execution.training, replayed.execution
+    assert isinstance(execution, GraphExecution)
+    for number in range(14):
+        if number % 2:
+            expected, given = plain.step(number), replayed.step(number)
+            assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True)), f"step {number}"
+            continue
+        execution.training = execution.plain.training = replace(learning, loss_terms=[FlowMatchingLoss("audio")])
+        (result,) = execution([item(number, 9)], number, 0.25)  # another share: a graph of its own
+        execution.training = execution.plain.training = learning
+        assert not float(result.loss) and not replayed.runner.under_way
+    assert execution.captured == 2
+    assert torch.equal(replayed.observe(80), plain.observe(80))
+
+
+def test_an_error_behind_the_blocks_ends_the_pass_before_the_capture_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the copies' stream would be away, and the capture could not be ended."""
+    tape(monkeypatch)
+    plain, replayed = Bench(PlainExecution), Bench(GraphExecution, ring())
+    execution = replayed.execution
+    assert isinstance(execution, GraphExecution)
+    execution._required = False
+
+    class FailingTerm(FlowMatchingLoss):
+        def __call__(self, state: StepState) -> LossValue:
+            if Tape.recording:
+                raise RuntimeError("planned")
+            return super().__call__(state)
+
+    execution.training = execution.plain.training = replace(execution.training, loss_terms=[FailingTerm("video")])
+    for number in range(6):
+        expected, given = plain.step(number), replayed.step(number)
+        assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True)), f"step {number}"
+    assert execution.captured == 0 and replayed.runner.session.link.drained_while_recording == 1  # type: ignore[attr-defined]

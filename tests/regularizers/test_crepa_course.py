@@ -75,6 +75,8 @@ def test_a_decision_rests_on_the_smoothed_value_of_so_many_steps_ago(mode: str) 
 def test_a_step_is_the_mean_over_all_samples_of_its_batches() -> None:
     one, other = cutoff(), cutoff()
     one.add(torch.tensor([0.1, 0.4]), torch.tensor([True, True]))
+    one.add(torch.tensor([0.1, 0.4]), torch.tensor([True, True]))  # the same once more, because it did not fit the first time
+    one.next_batch()
     one.add(torch.tensor([0.9]), torch.tensor([True]))
     other.add(torch.tensor([0.1, 0.4, 0.9]), torch.tensor([True, True, True]))
     one.end_step(), other.end_step()

@@ -8,6 +8,7 @@ comes in, and a whole step is replayed by `tuner.train.execute`. Its fused kerne
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -36,13 +37,16 @@ class CompiledBlocks:
         self.failed = ""
         """Why blocks are called plainly; empty: they are not."""
         self._known: set[object] = set()
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        self._thread = threading.local()
         arguments: dict[str, Any] = {"mode": MODES.get(mode, mode)} if backend == "inductor" else {}
         self._compiled: CallBlock = torch.compile(call_block, backend=backend, dynamic=False, fullgraph=True, **arguments)
 
     def __call__(self, block: nn.Module, state: BlockState) -> BlockState:
         if self.failed:
             return self._plain(block, state)
+        if not hasattr(self._thread, "allowed"):
+            # The compiler's settings belong to a thread, and on a GPU blocks are recomputed in one of autograd's.
+            torch._dynamo.config.recompile_limit = self._thread.allowed = max(torch._dynamo.config.recompile_limit, GRAPHS)
         key = self._key(state)
         if key in self._known:
             return self._compiled(block, state)
@@ -65,7 +69,9 @@ class CompiledBlocks:
                 # It makes instances of autograd functions, such as those of quantized layers, and is warned of that by torch itself.
                 warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
                 result = self._compiled(block, state)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        except (
+            torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit, torch._inductor.exc.InductorError,
+        ) as error:  # fmt: skip
             self.failed = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             log.warning("blocks are not compiled, but called plainly: %s", self.failed)
             return self._plain(block, state)

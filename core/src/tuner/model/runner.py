@@ -166,6 +166,12 @@ class BlockRunner(BlockFunction):
             raise
         return state, found
 
+    def leave(self) -> None:
+        """The walk forward that is under way will not be walked back."""
+        if self.under_way:
+            self.under_way = False
+            self.session.end_step()
+
     def abort(self) -> None:
         """A pass ended early, and what is left of it will not be walked back."""
         self.under_way = False

@@ -67,6 +67,7 @@ class ActivationBudget(Execution):
         """
         super().__init__(inner.training, inner.masters)
         self.inner, self.runner = inner, runner
+        inner.makes_room = False  # steps without graphs are slower than steps that recompute more
         self.budget, self.block = budget, block
         self._largest, self._peak = largest, peak
         self._seen = 0
@@ -114,7 +115,7 @@ class ActivationBudget(Execution):
         """Corrects once, after so many steps of the largest shape; too much is taken back at any time."""
         if self._seen >= WATCHED:
             return
-        peak = self._peak()
+        peak = self._peak() + self.inner.to_come
         self._seen += any(self._largest(item.batch) for item in items)
         if self._seen < WATCHED and peak <= self.budget:
             return

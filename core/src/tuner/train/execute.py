@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -37,6 +37,9 @@ GRAPHS_KEPT = 4
 class Execution(ABC):
     """Carries out forward and backward; gradients arrive in the masters."""
 
+    makes_room: bool = True
+    """Whether a step that does not fit is tried again without what `release` gives back; False where somebody around it does that."""
+
     def __init__(self, training: TrainingModel, masters: MasterWeights) -> None:
         self.training = training
         self.masters = masters
@@ -44,6 +47,11 @@ class Execution(ABC):
     @abstractmethod
     def __call__(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
         """`share`: of each batch in the optimizer step's loss. The results have no graph; their tensors hold until the next call."""
+
+    @property
+    def to_come(self) -> int:
+        """Bytes that are held beside a step from some step on, but not in the first ones."""
+        return 0
 
     def release(self) -> bool:
         """Gives memory back that is held for steps to come; whether there was any."""
@@ -66,6 +74,7 @@ def _forward_backward(training: TrainingModel, items: Sequence[Item], step: int,
     if losses := [result.loss * share for result in results if result.loss.requires_grad]:
         total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         total.backward()  # type: ignore[no-untyped-call]
+    training.blocks.leave()  # where nothing was to be learned
     return results
 
 
@@ -101,18 +110,39 @@ class GraphExecution(Execution):
         """How many shapes are replayed."""
         return len(self._graphs)
 
+    @property
+    def to_come(self) -> int:
+        """The gradients that the graphs write."""
+        return sum(master.nbytes for master in self.masters.optimized())
+
     def __call__(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
         keys = tuple(regularizer.graph_key() for regularizer in self.training.regularizers)
         shape = (signature(tuple(items)), share, keys)
         if shape not in self._graphs:
             self._seen[shape] = self._seen.get(shape, 0) + 1
             if self._seen[shape] <= PLAIN_FIRST or len(self._graphs) >= self._limit:
-                return self.plain(items, step, share)
+                return self._plainly(items, step, share)
             captured = self._capture(items, step, share)
             if captured is None:
                 return self.plain(items, step, share)
             self._graphs[shape] = captured
         return self._replay(self._graphs[shape], items, share)
+
+    def _plainly(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
+        """Once more without the graphs, where it does not fit beside what they hold; then no others are made."""
+        fresh = all(parameter.grad is None for parameter in self.masters.optimized())
+        try:
+            return self.plain(items, step, share)
+        except torch.OutOfMemoryError as error:
+            if not (fresh and self.makes_room and self.release()):
+                raise
+            log.warning("a step did not fit beside those that are replayed (%s); all are carried out plainly", str(error).splitlines()[0])
+            self._limit = 0
+        # Here the exception is gone, and with it the tensors that its traceback kept alive.
+        self.training.blocks.abort()
+        self.masters.gather()
+        torch.cuda.empty_cache()
+        return self.plain(items, step, share)
 
     def release(self) -> bool:
         if not self._graphs:
@@ -126,22 +156,33 @@ class GraphExecution(Execution):
     def _capture(self, items: Sequence[Item], step: int, share: float) -> _Graph | None:
         """None: it cannot be captured, and will not be tried again."""
         own = copied(tuple(items))
+        pool = self._pool or torch.cuda.graph_pool_handle()
         if not self._gradients:
             self._gradients = [torch.empty_like(master, requires_grad=False) for master in self.masters.optimized()]
+        for item in own:  # other shapes may have pushed out its tables, and to build those brings numbers from the host
+            with torch.no_grad():
+                self.training.family.enter(self.training.model, item.batch, item.noise)
         graph = torch.cuda.CUDAGraph()
         with _set_aside(self.masters.optimized()):
             try:
-                with recording(graph, self._pool):
-                    results = _forward_backward(self.training, own, step, share)
-                    gradients = self._keep(self.masters.gather())
+                with recording(graph, pool):
+                    results, gradients = self._recorded(own, step, share)
             except RuntimeError as error:
                 self.training.blocks.abort()
                 self.masters.gather()  # what the attempt left there was never computed
                 self._not_captured(error)
                 return None
-        self._pool = graph.pool()
+        self._pool = pool
         kept = [tensor.detach() for result in results for tensor in tensors(result.entered)]
         return _Graph(graph, list(tensors(own)), [_detached(result) for result in results], gradients, kept)
+
+    def _recorded(self, own: Sequence[Item], step: int, share: float) -> tuple[list[StepResult], list[Tensor | None]]:
+        try:
+            results = _forward_backward(self.training, own, step, share)
+            return results, self._keep(self.masters.gather())
+        except BaseException:
+            self.training.blocks.abort()  # inside: a capture can be ended only when the stream of the copies has come back
+            raise
 
     def _not_captured(self, error: RuntimeError) -> None:
         """Raises where graphs are required; else says so, and no further shape is captured."""
@@ -178,9 +219,21 @@ def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
     """What is issued inside goes into `graph`, and is not run."""
     with torch.cuda.stream(torch.cuda.current_stream()):  # torch stays on the stream of a capture that fails
         torch.cuda.synchronize()
-        # Other threads (the one that pins batches) may go on calling the driver meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            yield
+        try:
+            # Other threads (the one that pins batches) may go on calling the driver meanwhile.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            leave_pool(torch.cuda.current_device(), pool)
+            raise
+
+
+def leave_pool(device: int, pool: Any) -> None:
+    """After a capture that failed. One that cannot even be ended is never ended for torch's allocator (torch 2.11): it would go on taking
+    itself for capturing, give no cached memory back when memory is short, and keep that of the pool for good."""
+    with suppress(RuntimeError):  # it was ended
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from tuner.model.fused import gated, rms_modulated, rms_norm
 from tuner_ltxvideo2.attention import Rotary, attend
 from tuner_ltxvideo2.geometry import Grid
 
-TableKey = tuple[Grid, Grid | None, float, str]
+TableKey = tuple[Grid, Grid | None, tuple[float, ...], str]
 
 
 @dataclass(frozen=True)
@@ -123,39 +123,50 @@ def text_widths(model: Any, streams: Sequence[str]) -> dict[str, int]:
 
 # --- positions ---------------------------------------------------------------------------------------------------
 class RotaryTables:
-    """Rotary tables (cos, sin), fp32, built once per rotary module, grids, frame rate and device.
+    """Rotary tables (cos, sin), fp32, built once per rotary module, grids, frame rates and device.
 
-    Holds the `capacity` most recently used tables of each module: at 6,144 tokens one of video takes 100 MB.
+    Holds the `capacity` most recently used tables of each module, and further ones while all of it take at most `spare` bytes: at 6,144
+    tokens one of video takes 100 MB. Building one brings numbers from the host, which a step that is being captured must not do.
     """
 
-    def __init__(self, capacity: int = 2) -> None:
+    def __init__(self, capacity: int = 2, spare: int = 128 * 2**20) -> None:
         self.capacity = capacity
+        self.spare = spare
         self._tables: WeakKeyDictionary[nn.Module, OrderedDict[TableKey, Rotary]] = WeakKeyDictionary()
 
     def for_batch(
         self, model: nn.Module, side: Side, given: StreamBatch, frame_rates: Sequence[float], device: torch.device, *, cross: bool
     ) -> Rotary:
         """Tables for one stream, one sample each: (B, H, S, r) split or (B, S, D) interleaved. `cross`: of the cross-modal attention."""
-        rates = frame_rates if side is VIDEO else [0.0] * len(frame_rates)  # sound has its own clock
-        each = [self._for_sample(model, side, (given.grid, given.extra_grid, rate, str(device)), cross) for rate in rates]
-        if len(set(rates)) == 1:  # a view for all samples: diffusers' processor wants a full batch dimension
-            cos, sin = each[0]
+        rates = tuple(frame_rates) if side is VIDEO else (0.0,) * len(frame_rates)  # sound has its own clock
+        alike = len(set(rates)) == 1
+        cos, sin = self._held(model, side, (given.grid, given.extra_grid, rates[:1] if alike else rates, str(device)), cross)
+        if alike:  # a view for all samples: diffusers' processor wants a full batch dimension
             return cos.expand(len(rates), *cos.shape[1:]), sin.expand(len(rates), *sin.shape[1:])
-        return torch.cat([cos for cos, _ in each]), torch.cat([sin for _, sin in each])
+        return cos, sin
 
-    def _for_sample(self, model: nn.Module, side: Side, key: TableKey, cross: bool) -> Rotary:
+    def _held(self, model: nn.Module, side: Side, key: TableKey, cross: bool) -> Rotary:
         positions = side.of(model, "rope")
         rope = getattr(model, side.cross_rope) if cross else positions
         kept = self._tables.setdefault(rope, OrderedDict())
         if key not in kept:
-            with torch.no_grad():
-                coordinates = token_coordinates(positions, side, *key)
-                # across modalities only time has meaning
-                kept[key] = rope(coordinates[:, :1] if cross else coordinates, device=coordinates.device)
-            while len(kept) > self.capacity:
+            kept[key] = self._made(positions, rope, side, key, cross)
+            while len(kept) > self.capacity and sum(cos.nbytes + sin.nbytes for cos, sin in kept.values()) > self.spare:
                 kept.popitem(last=False)
         kept.move_to_end(key)
         return kept[key]
+
+    @staticmethod
+    @torch.no_grad()
+    def _made(positions: nn.Module, rope: nn.Module, side: Side, key: TableKey, cross: bool) -> Rotary:
+        """One for each of the key's rates. Put together here, not in every step: who replays a step holds on to what it is given."""
+        grid, extra, rates, device = key
+        each = []
+        for rate in rates:
+            coordinates = token_coordinates(positions, side, grid, extra, rate, device)
+            # across modalities only time has meaning
+            each.append(rope(coordinates[:, :1] if cross else coordinates, device=coordinates.device))
+        return each[0] if len(each) == 1 else (torch.cat([cos for cos, _ in each]), torch.cat([sin for _, sin in each]))
 
 
 def token_coordinates(rope: Any, side: Side, grid: Grid, extra: Grid | None, rate: float, device: torch.device | str) -> Tensor:

@@ -98,6 +98,8 @@ class Ring:
         """The step is over."""
         if self._held is not None:
             self.release(self._held, backward=True)
+        for home in range(len(self.slots)):  # a pass that was not walked back as it had been said leaves others there
+            self._send(home)
         self._arrived()
         self.link.join()
         if self._before_capture is not None:

@@ -200,8 +200,18 @@ class CudaLink(Link):
 
     def drain(self) -> None:
         super().drain()
-        if not self.capturing:  # a capture that failed has run nothing
+        if not self.capturing:
             (self._stream or self._current()).synchronize()
+        elif self._forked_in_capture():
+            # Nothing has run, so there is nothing to wait for; but a capture cannot be ended while this stream is away in it.
+            with contextlib.suppress(RuntimeError):  # one that was invalidated takes nothing more
+                self.join()
+
+    def _forked_in_capture(self) -> bool:
+        if self._stream is None:
+            return False
+        with torch.cuda.stream(self._stream):
+            return torch.cuda.is_current_stream_capturing()
 
     def settle(self, slot: Slot) -> None:
         self._events[id(slot)].loaded.synchronize()

@@ -161,8 +161,10 @@ class Crepa(Regularizer):
 
     # --- training ------------------------------------------------------------------------------------------------
     def begin_step(self, step: int, batch: Batch, noise: Noise, generator: torch.Generator) -> None:
-        if step != self._step and self.cutoff is not None:
+        if self.cutoff is not None and step != self._step:
             self.cutoff.clear()
+        elif self.cutoff is not None:
+            self.cutoff.next_batch()
         self._step = step
         weight = weight_at(self.options, step, self._total_steps)
         self.mode = self._mode(step, weight)

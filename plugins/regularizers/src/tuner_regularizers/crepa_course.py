@@ -68,22 +68,31 @@ class CutOff:
         self._decay = decay
         self._recoverable = recoverable
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        """Of the step's batches but the last."""
+        self._last = torch.zeros_like(self._sums)
         self._smoothed = torch.full((), math.nan, dtype=torch.float64, device=device)
         self._readings: deque[_Reading] = deque()
 
     @torch.no_grad()
     def add(self, similarity: Tensor, counted: Tensor) -> None:
-        """Of one batch, (B,) each. On the device alone."""
+        """Of one batch, (B,) each. On the device alone. A batch that is carried out once more, because it did not fit, counts once."""
         share = counted.to(self._sums.dtype)
-        self._sums += torch.stack(((similarity * share).sum(), share.sum()))
+        self._last.copy_(torch.stack(((similarity * share).sum(), share.sum())))
+
+    def next_batch(self) -> None:
+        """What is added from here on belongs to another batch of the step."""
+        self._sums += self._last
+        self._last.zero_()
 
     def clear(self) -> None:
         """Forgets what was added since the last step ended."""
         self._sums.zero_()
+        self._last.zero_()
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Smooths, and decides on the value of `LAG` steps ago."""
+        self.next_batch()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._sums)
         mean = self._sums[0] / self._sums[1]

@@ -1,0 +1,189 @@
+"""All programs of this folder one after the other, within a time: what one machine with a GPU can tell in one visit.
+
+    python benchmarks/everything.py --budget 1500 --out figures     # seconds; wants a GPU of 80 GB
+    python benchmarks/everything.py --size tiny --out figures       # the same on a CPU, to see that all of it runs
+
+First the tests that need a GPU, then the programs, those first whose figures matter most. Each is a process of its own with a time of its
+own; what no longer fits into the budget is skipped, which is said. `--out` gets each one's text and JSON as it comes, and summary.md
+with every figure beside its limit, written anew after each program. The exit code is 1 where a program failed or, at real size, a
+limit was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from figures import Figure, read_figures
+
+HERE = Path(__file__).resolve().parent
+LEAST = 0.5
+"""A program is begun where this share of the time that it is expected to take is left: it leaves the figures that it gets to."""
+ROOM = 30 * 2**30
+"""Bytes that the text encoder's random weights take, with some to spare."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One program."""
+
+    name: str
+    command: Sequence[str]
+    """Behind the interpreter; a name of this folder, or -m and a module."""
+    expected: int
+    """Seconds that it takes on a GPU, as far as that is known."""
+    needs: Sequence[str] = ()
+    """Modules without which it cannot run."""
+    own: bool = True
+    """Whether it is a program of this folder, which takes --size and --json."""
+
+
+@dataclass
+class Done:
+    """What became of it."""
+
+    name: str
+    outcome: str
+    seconds: float = 0.0
+    figures: list[Figure] = field(default_factory=list)
+    failed: bool = False
+
+
+def tasks(size: str, scratch: Path) -> list[Task]:
+    """All, in the order of their importance."""
+    quick = size == "tiny"
+    steps = ["--steps", "1"] if quick else []
+    step = ["step.py", *steps]
+    memory = ["memory.py", *steps, *([] if quick else ["--no-plain"])]
+    compiled = [*step, "--no-peer", "--cuda_graphs", "--dynamo_mode", "default"]
+    clips = ["--clips", "1"] if quick else []
+    tests = ["tests/cuda", "tests/offload/test_cuda_link.py", "tests/offload/test_leaf_gpu.py"]
+    every = [
+        Task("tests", ["-m", "pytest", *tests, "-v", "--tb=short", "-p", "no:cacheprovider"], 200, ("pytest", "av"), own=False),
+        Task("memory-head", [*memory, "--rows", "head"], 210),
+        Task("step-graph", [*step, "--no-peer", "--cuda_graphs"], 40),
+        Task("step-compiled", compiled, 80),
+        Task("step-compiled-kept", [*compiled, "--no-checkpointing"], 80),
+        Task("step-compiled-video", [*compiled, "--video_only"], 70),
+        Task("regularizers", ["regularizers.py", *steps, "--cuda_graphs", "on"], 120),
+        Task("memory-121f", [*memory, "--rows", "121f"], 150),
+        Task("memory-video", [*memory, "--rows", "video"], 60),
+        Task("accumulation", ["accumulation.py", *steps], 90),
+        Task("sample", ["sample.py", *(["--steps", "1"] if quick else []), *clips], 150),
+        Task("caching", ["caching.py", *(["--clips", "2"] if quick else [])], 100, ("av",)),
+        Task("text_encoder", ["text_encoder.py", "--folder", str(scratch), "--only", "group"], 120),
+        Task("step-121f-compiled", [*compiled, "--work", "121f"], 90),
+        Task("peers-head", [*step, "--work", "head"], 120),
+        Task("peers-kept", [*step, "--work", "head", "--no-checkpointing"], 100),
+        Task("peers-121f", [*step, "--work", "121f"], 120),
+        Task("memory-plain", ["memory.py", *steps, "--rows", "head"], 240),
+    ]
+    return [task for task in every if not (quick and task.name in ("memory-plain", "peers-121f", "step-121f-compiled"))]
+
+
+def missing(task: Task) -> list[str]:
+    """Modules that are not installed."""
+    return [name for name in task.needs if importlib.util.find_spec(name) is None]
+
+
+def carry_out(task: Task, size: str, out: Path, left: float, environment: Mapping[str, str]) -> Done:
+    """Runs it for at most `left` seconds, its text on the screen and in a file; ends what it started with it."""
+    json_file = out / f"{task.name}.json"
+    json_file.unlink(missing_ok=True)
+    own = [str(HERE / task.command[0]), *task.command[1:], "--size", size, "--json", str(json_file)] if task.own else list(task.command)
+    limit = min(left, 2.0 * task.expected + 60)
+    began = time.monotonic()
+    outcome = ""
+    with (out / f"{task.name}.txt").open("wb") as text:
+        process = subprocess.Popen(
+            [sys.executable, *own], stdout=text, stderr=subprocess.STDOUT, cwd=HERE.parent, env=dict(environment), start_new_session=True
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            outcome, code = f"stopped after {limit:.0f} s", -1
+        finally:
+            if process.poll() is None or outcome:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    found = read_figures(json_file)
+    # A program may also say by its exit code that a limit was missed.
+    broke = bool(code) and (all(figure.kept for figure in found) or "Traceback" in last_lines(out / f"{task.name}.txt", 200))
+    outcome = outcome or (f"failed with {code}" if broke else "done")
+    return Done(task.name, outcome, time.monotonic() - began, found, failed=broke)
+
+
+def last_lines(path: Path, count: int) -> str:
+    """Of a program's text."""
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+
+
+def render(done: Sequence[Done]) -> str:
+    """The summary as Markdown."""
+    lines = ["| Program | Outcome | s |", "|---|---|---|"]
+    lines += [f"| {one.name} | {one.outcome} | {one.seconds:.0f} |" for one in done]
+    lines += ["", "| Program | Figure | |", "|---|---|---|"]
+    lines += [f"| {one.name} | {figure.name} | {figure.describe()} |" for one in done for figure in one.figures]
+    return "\n".join(lines) + "\n"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser.add_argument("--budget", type=float, default=1500, help="seconds for all of it")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="takes all texts and figures")
+    parser.add_argument("--only", default="", help="only programs whose name contains one of these words, separated by commas")
+    parser.add_argument("--skip", default="", help="not those whose name contains one of these words")
+    return parser.parse_args(argv)
+
+
+def wanted(name: str, only: str, skip: str) -> bool:
+    """By the words of the command line."""
+    return any(word in name for word in only.split(",")) and not any(word and word in name for word in skip.split(","))
+
+
+def main(argv: list[str]) -> int:
+    """Runs them all."""
+    arguments = parse(argv)
+    ends = time.monotonic() + arguments.budget
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a program under way is ended, too
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = arguments.out.resolve()
+    done: list[Done] = []
+    shared_memory = Path("/dev/shm")
+    roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > ROOM
+    with tempfile.TemporaryDirectory() as compiled, tempfile.TemporaryDirectory(dir=shared_memory if roomy else None) as scratch:
+        # What one program compiles the next one finds.
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": compiled, "PYTHONUNBUFFERED": "1"}
+        for task in tasks(arguments.size, Path(scratch)):
+            if not wanted(task.name, arguments.only, arguments.skip):
+                continue
+            left = ends - time.monotonic()
+            if lacking := missing(task):
+                done.append(Done(task.name, f"skipped: {', '.join(lacking)} is not installed"))
+            elif left < LEAST * task.expected * (0.05 if arguments.size == "tiny" else 1):
+                done.append(Done(task.name, f"skipped: {left:.0f} s are left, it takes about {task.expected}"))
+            else:
+                print(f"== {task.name}: {left:.0f} s left", flush=True)
+                done.append(carry_out(task, arguments.size, out, left, environment))
+                print(last_lines(out / f"{task.name}.txt", 30), flush=True)
+            (out / "summary.md").write_text(render(done), encoding="utf-8")
+            print(f"-- {done[-1].name}: {done[-1].outcome}, {done[-1].seconds:.0f} s", flush=True)
+    print("\n" + render(done))
+    missed = arguments.size == "real" and not all(figure.kept for one in done for figure in one.figures)
+    return int(missed or any(one.failed for one in done))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
