@@ -72,9 +72,12 @@ def tasks(size: str, scratch: Path) -> list[Task]:
         Task("tests", ["-m", "pytest", *tests, "-v", "--tb=short", "-p", "no:cacheprovider"], 200, ("pytest", "av"), own=False),
         Task("memory-head", [*memory, "--rows", "head"], 210),
         Task("step-graph", [*step, "--no-peer", "--cuda_graphs"], 40),
+        Task("step-graph-kept", [*step, "--no-peer", "--cuda_graphs", "--no-checkpointing"], 40),
+        Task("step-fp8", [*step, "--no-peer", "--cuda_graphs", "--fp8"], 45),
         Task("step-compiled", compiled, 80),
         Task("step-compiled-kept", [*compiled, "--no-checkpointing"], 80),
         Task("step-compiled-video", [*compiled, "--video_only"], 70),
+        Task("step-compiled-fp8", [*compiled, "--fp8"], 90),
         Task("regularizers", ["regularizers.py", *steps, "--cuda_graphs", "on"], 120),
         Task("memory-121f", [*memory, "--rows", "121f"], 150),
         Task("memory-video", [*memory, "--rows", "video"], 60),
@@ -82,13 +85,14 @@ def tasks(size: str, scratch: Path) -> list[Task]:
         Task("sample", ["sample.py", *(["--steps", "1"] if quick else []), *clips], 150),
         Task("caching", ["caching.py", *(["--clips", "2"] if quick else [])], 100, ("av",)),
         Task("text_encoder", ["text_encoder.py", "--folder", str(scratch), "--only", "group"], 120),
+        Task("deviation", ["benchmarks/deviation.py", "--blocks", "1,2,6,12,24"], 90, own=False),
         Task("step-121f-compiled", [*compiled, "--work", "121f"], 90),
         Task("peers-head", [*step, "--work", "head"], 120),
         Task("peers-kept", [*step, "--work", "head", "--no-checkpointing"], 100),
         Task("peers-121f", [*step, "--work", "121f"], 120),
         Task("memory-plain", ["memory.py", *steps, "--rows", "head"], 240),
     ]
-    return [task for task in every if not (quick and task.name in ("memory-plain", "peers-121f", "step-121f-compiled"))]
+    return [task for task in every if not (quick and task.name in ("memory-plain", "peers-121f", "step-121f-compiled", "deviation"))]
 
 
 def missing(task: Task) -> list[str]:

@@ -9,12 +9,13 @@ Dimensions: N out, K in, G groups of a row.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tuner.model.kernels import proven
 
 
 def expand_int8(weight: Any, dtype: torch.dtype) -> Tensor:
@@ -74,18 +75,16 @@ def expand_nibbles(weight: Any, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@functools.cache
-def _row_kernel() -> Callable[[Tensor, Tensor, torch.dtype], Tensor] | None:
-    """The kernel for a CUDA device; None where Triton is not there."""
-    try:
-        from tuner.builtins.row_scale import scale_rows
-    except ImportError:
+def _row_kernel(values: Tensor) -> Callable[[Tensor, Tensor, torch.dtype], Tensor] | None:
+    """The kernel for values on a CUDA device; None: torch's own product, which a compiler fuses with what follows."""
+    if not values.is_cuda or torch.compiler.is_compiling() or not values.is_contiguous():
         return None
-    return scale_rows
+    kernels = proven("tuner.builtins.row_scale", values.device.index)
+    return None if kernels is None else kernels.scale_rows  # type: ignore[no-any-return]
 
 
 def _scaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    if values.is_cuda and values.is_contiguous() and (fast := _row_kernel()) is not None:
+    if (fast := _row_kernel(values)) is not None:
         return fast(values, scale, dtype)
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
     return torch.mul(values, scale, out=out)

@@ -8,11 +8,15 @@ Dimensions: N rows, K columns.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+LIMIT: Final = 0.0
+"""Not a bit."""
 _COLUMNS = 4096
 """Of a row that one program converts: 16 bytes at a time for each of its threads."""
 
@@ -33,3 +37,15 @@ def scale_rows(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty((rows, columns), dtype=dtype, device=values.device)
     _scale_rows[(rows, triton.cdiv(columns, _COLUMNS))](values, scale, out, columns, BLOCK=_COLUMNS)
     return out
+
+
+def differences(device: torch.device) -> dict[str, float]:
+    """How many values are others than torch's own."""
+    draws = torch.Generator().manual_seed(0)
+    values = torch.randint(-128, 128, (5, 4500), generator=draws, dtype=torch.int8).to(device)
+    scale = torch.rand((5, 1), generator=draws).to(device)
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        wanted = torch.mul(values, scale, out=torch.empty(values.shape, dtype=dtype, device=device))
+        found[f"rows to {dtype}"] = float((scale_rows(values, scale, dtype) != wanted).sum())
+    return found
