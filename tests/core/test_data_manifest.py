@@ -84,7 +84,7 @@ def test_verdicts_reasons_and_totals(clips: Path, workers: DecodeWorkers) -> Non
     assert len(manifest.verdicts) == sum(manifest.count(status) for status in ("used", "skipped", "failed"))  # type: ignore[arg-type]
     assert sum(manifest.reasons().values()) == 4
     ledger = manifest.ledger
-    assert (ledger.with_sound, ledger.without_sound, ledger.undecodable, ledger.seconds) == (2, 5, 1, pytest.approx(17 / 25))
+    assert (ledger.with_sound, ledger.without_sound, ledger.undecodable, ledger.seconds) == (1, 3, 1, pytest.approx(17 / 25))
     by_name = {item.path.stem: item for item in manifest.items}
     assert by_name["a_sound"].has_audio and not by_name["b_silent"].has_audio
     assert by_name["b_silent"].caption == "this is b_silent"
