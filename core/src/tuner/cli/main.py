@@ -18,6 +18,7 @@ import click
 
 import tuner
 from tuner.cli.quiet import silence_libraries
+from tuner.cli.table import visible
 from tuner.errors import TunerError
 
 COMMANDS: Mapping[str, str] = {
@@ -133,7 +134,7 @@ def _outcome(arguments: Sequence[str], invocation: Invocation, color: bool | Non
     except TunerError as error:
         if invocation.debug:
             traceback.print_exc()
-        click.echo(click.style("error: ", fg="red", bold=True) + str(error), err=True, color=color)
+        click.echo(click.style("error: ", fg="red", bold=True) + visible(str(error)), err=True, color=color)
         return error.exit_code
     except Exception:  # the last one to see it: shown in full, never swallowed
         traceback.print_exc()

@@ -5,10 +5,20 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 NARROWEST = 30
 """Below so many characters the last column is not wrapped."""
+
+
+def visible(text: str) -> str:
+    """With control characters and bytes that are no text, which names of files may hold, as escapes; lines and tabs stay."""
+    return "".join(char.encode("unicode_escape").decode() if _unsafe(char) else char for char in text)
+
+
+def _unsafe(char: str) -> bool:
+    return char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs")
 
 
 def columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

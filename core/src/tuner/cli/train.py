@@ -11,6 +11,7 @@ from rich.table import Table
 
 from tuner.cli.common import ConfiguredCommand
 from tuner.cli.status_line import CacheBar, StatusLine, is_interactive
+from tuner.cli.table import visible
 from tuner.config.resolve import Settings
 from tuner.config.settings import OptimizerSettings, RunSettings, TrainSettings
 from tuner.plugins.registry import Registry
@@ -34,9 +35,9 @@ class Terminal:
         self._end_bar()
         self._rows("Plan", plan_rows(plan))
         if "\n" in (verdicts := plan.manifest.table()):
-            self.console.print(verdicts, markup=False, soft_wrap=True)
+            self.console.print(visible(verdicts), markup=False, soft_wrap=True)
         for notice in plan.notices:
-            self.console.print(f"notice: {notice}", markup=False, soft_wrap=True)
+            self.console.print(visible(f"notice: {notice}"), markup=False, soft_wrap=True)
 
     def _rows(self, title: str, rows: list[tuple[str, str]]) -> None:
         if not self.console.is_terminal:  # a file or another program, which wants a row on one line
@@ -51,6 +52,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """One sentence, above whatever is live."""
         self._end_bar()
+        text = visible(text)
         if self._line is not None:
             self._line.note(text)
         else:
