@@ -139,9 +139,11 @@ def test_all_missing_captions_are_listed(clips: Path, workers: DecodeWorkers) ->
     (clips / "a_sound.txt").unlink()
     (clips / "b_silent.txt").write_text(" \n")
     (clips / "e_tall.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(DataError, match="3 clips have no usable caption") as caught:
+    (clips / "f_tiny.txt").unlink()
+    (clips / "f_tiny.txt").mkdir()
+    with pytest.raises(DataError, match="4 clips have no usable caption") as caught:
         scan(entries(), SETTINGS, GEOMETRY, workers=workers)
-    for words in ("a_sound.txt is missing", "b_silent.txt is empty", "e_tall.txt cannot be read"):
+    for words in ("a_sound.txt is missing", "b_silent.txt is empty", "e_tall.txt cannot be read as UTF-8", "f_tiny.txt cannot be read:"):
         assert words in str(caught.value)
     assert caught.value.exit_code == 4
     named = scan(entries(caption_strategy="filename"), SETTINGS, GEOMETRY, workers=workers)

@@ -40,7 +40,9 @@ def _read(clip: Path) -> str:
         caption = file.read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
         raise CaptionProblem(f"{file.name} is missing", where=str(clip)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CaptionProblem(f"{file.name} cannot be read: {error.strerror}", where=str(clip)) from error
+    except UnicodeDecodeError as error:
         raise CaptionProblem(f"{file.name} cannot be read as UTF-8: {error}", where=str(clip)) from error
     if not caption:
         raise CaptionProblem(f"{file.name} is empty", where=str(clip))
