@@ -95,7 +95,7 @@ def test_before_there_is_a_step_to_finish() -> None:
     said: list[str] = []
     with pytest.raises(SystemExit) as ended, before_training(said.append):
         signal.raise_signal(signal.SIGUSR1)
-        assert len(said) == 1 and "no checkpoint" in said[0]
+        assert len(said) == 1 and "nothing to save" in said[0]
         with StopRequests(said.append) as requests:
             signal.raise_signal(signal.SIGTERM)
             assert requests.stop == 143

@@ -105,11 +105,11 @@ def before_training(notify: Callable[[str], None]) -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        notify("SIGTERM: ending; nothing was trained yet, and what was encoded is kept")
+        notify("SIGTERM: ending before the first step; what was encoded is kept")
         raise SystemExit(EXIT_TERMINATED)
 
     def decline(number: int, frame: FrameType | None) -> None:
-        notify("SIGUSR1: nothing was trained yet, so there is no checkpoint to save")
+        notify("SIGUSR1: no step has run yet, so there is nothing to save")
 
     former = {number: signal.signal(number, handler) for number, handler in ((signal.SIGTERM, end), (signal.SIGUSR1, decline))}
     try:
