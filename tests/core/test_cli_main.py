@@ -51,6 +51,11 @@ class TestExitCodes:
         out, err = capsys.readouterr()
         assert (out, err) == ("", "error: clips/: is empty (got 0)\n  -> add clips\n")
 
+    def test_file_names_steer_no_terminal(self, failing, capsys):
+        failing(DataError("is damaged:\n\ta\x1b[31mb\udcff.mp4"))
+        assert run(["fail"]) == 4
+        assert capsys.readouterr().err == "error: is damaged:\n\ta\\x1b[31mb\\udcff.mp4\n"
+
     @pytest.mark.parametrize("way", ["flag", "variable"])
     def test_debug_adds_the_traceback(self, failing, capsys, monkeypatch, way):
         failing(DataError("is empty"))

@@ -209,6 +209,19 @@ class TestFile:
         with pytest.raises(ConfigError, match=r"config.json: line 3, column 1: .*"):
             resolve([SampleOptions], config_file=write(tmp_path, '{\n"amount": 1,\n}'))
 
+    @pytest.mark.parametrize(
+        ("content", "remedy"),
+        [('{"amount": 1,}', "take out the comma before it"), ('{"words": [1, 2 ,\n ]}', "take out the comma before it"),
+         ('{"amount": 1 // one\n}', "take out the comment"), ('{\n# one\n"amount": 1}', "take out the comment"),
+         ('{"amount": 1\n"share": 0.5}', "write a comma before it"), ("{'amount': 1}", "write \" for '"),
+         ('{"wanted": True}', "write true"), ('{"extra": None}', "write null"),
+         (r'{"label": "C:\clips"}', "for each \\"), ("", "the file is empty"), ('{"amount": }', "mend the JSON")],
+    )  # fmt: skip
+    def test_what_usually_breaks_json_is_named(self, tmp_path, content, remedy):
+        with pytest.raises(ConfigError) as caught:
+            resolve([SampleOptions], config_file=write(tmp_path, content))
+        assert remedy in caught.value.remedy
+
     @pytest.mark.parametrize("content", ["[1]", "3", '"text"', "null"])
     def test_anything_but_an_object(self, tmp_path, content):
         with pytest.raises(ConfigError, match="must hold a JSON object"):
@@ -225,8 +238,10 @@ class TestFile:
         with pytest.raises(ConfigError, match="cannot be read"):
             resolve([SampleOptions], config_file=tmp_path)
         (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(ConfigError, match="is not valid JSON"):
+        with pytest.raises(ConfigError, match="is not written in UTF-8"):
             resolve([SampleOptions], config_file=tmp_path / "bytes.json")
+        with pytest.raises(ConfigError, match="nested too deeply"):
+            resolve([SampleOptions], config_file=write(tmp_path, "[" * 100_000))
 
     def test_editors_may_leave_a_mark_and_a_schema(self, tmp_path):
         (tmp_path / "marked.json").write_bytes(b'\xef\xbb\xbf{"$schema": "x.json", "amount": 2}')

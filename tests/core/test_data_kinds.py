@@ -232,6 +232,8 @@ def test_mixed_streams_and_the_ledger(survey_of) -> None:  # type: ignore[no-unt
     ledger = manifest.ledger
     assert (ledger.with_sound, ledger.without_sound, ledger.alone, ledger.undecodable) == (2, 1, 2, 0)
     assert ledger.seconds == pytest.approx(2 * 17 / 25 + 2.28 + 0.72)
+    alone = survey_of(films={**FILMS, "audio": {"audio_only": True}}).ledger
+    assert (alone.with_sound, alone.without_sound, alone.alone) == (0, 0, 2)  # counted once
     # Single draws: 4 of 6 of the films have sound, no picture has, both sounds have.
     assert manifest.describe_sound(1, seed=0).endswith(f"in {6 / 11:.0%} of the batches")
     assert manifest.batches_per_epoch(6) == 1 + 3 + 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from fractions import Fraction
@@ -82,7 +84,7 @@ def test_verdicts_reasons_and_totals(clips: Path, workers: DecodeWorkers) -> Non
     assert len(manifest.verdicts) == sum(manifest.count(status) for status in ("used", "skipped", "failed"))  # type: ignore[arg-type]
     assert sum(manifest.reasons().values()) == 4
     ledger = manifest.ledger
-    assert (ledger.with_sound, ledger.without_sound, ledger.undecodable, ledger.seconds) == (2, 5, 1, pytest.approx(17 / 25))
+    assert (ledger.with_sound, ledger.without_sound, ledger.undecodable, ledger.seconds) == (1, 3, 1, pytest.approx(17 / 25))
     by_name = {item.path.stem: item for item in manifest.items}
     assert by_name["a_sound"].has_audio and not by_name["b_silent"].has_audio
     assert by_name["b_silent"].caption == "this is b_silent"
@@ -137,15 +139,48 @@ def test_all_missing_captions_are_listed(clips: Path, workers: DecodeWorkers) ->
     (clips / "a_sound.txt").unlink()
     (clips / "b_silent.txt").write_text(" \n")
     (clips / "e_tall.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(DataError, match="3 clips have no usable caption") as caught:
+    (clips / "f_tiny.txt").unlink()
+    (clips / "f_tiny.txt").mkdir()
+    with pytest.raises(DataError, match="4 clips have no usable caption") as caught:
         scan(entries(), SETTINGS, GEOMETRY, workers=workers)
-    for words in ("a_sound.txt is missing", "b_silent.txt is empty", "e_tall.txt cannot be read"):
+    for words in ("a_sound.txt is missing", "b_silent.txt is empty", "e_tall.txt cannot be read as UTF-8", "f_tiny.txt cannot be read:"):
         assert words in str(caught.value)
     assert caught.value.exit_code == 4
     named = scan(entries(caption_strategy="filename"), SETTINGS, GEOMETRY, workers=workers)
     assert {item.caption for item in named.items} >= {"a sound", "b silent"}
+    (clips / "a_sound.mp4").rename(clips / os.fsdecode(b"caf\xe9.mp4"))
+    with pytest.raises(DataError, match="not written in UTF-8"):
+        scan(entries(caption_strategy="filename"), SETTINGS, GEOMETRY, workers=workers)
     prompt = scan(entries(caption_strategy="instanceprompt", instance_prompt="a cat "), SETTINGS, GEOMETRY, workers=workers)
     assert {item.caption for item in prompt.items} == {"a cat"}
+
+
+def test_links_are_followed_and_those_that_lead_nowhere_are_named(clips: Path, workers: DecodeWorkers) -> None:
+    (clips / "deep").rename(clips.parent / "elsewhere")
+    (clips / "deep").symlink_to("../elsewhere")
+    (clips / "around").symlink_to(".")
+    (clips / "gone.mp4").symlink_to("../nothing.mp4")
+    (clips / "loop.mp4").symlink_to("loop.mp4")
+    found = survey(entries(), SETTINGS, GEOMETRY, workers=workers)
+    assert {v.path.name for v in found.verdicts} >= {"d_sixty.mkv", "gone.mp4", "loop.mp4"} and len(found.verdicts) == 10
+    lost = {v.path.name: v.detail for v in found.verdicts if v.path.is_symlink()}
+    assert "No such file" in lost["gone.mp4"] and "symbolic links" in lost["loop.mp4"]
+    (clips / "b_silent.mp4").rename(clips.parent / "b.mp4")
+    (clips / "b_silent.mp4").symlink_to("../b.mp4")
+    survey(entries(), SETTINGS, GEOMETRY, workers=workers)
+    (clips.parent / "b.mp4").unlink()  # the index knows it
+    assert survey(entries(), SETTINGS, GEOMETRY, workers=workers).reasons()["failed", "unreadable"] == 4
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(clips: Path, workers: DecodeWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed(folder: Path, scandir=os.scandir):  # type: ignore[no-untyped-def]  # root may read everything
+        if Path(folder).name == "deep":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    with pytest.raises(DataError, match=r"Permission denied.*deep"):
+        survey(entries(), SETTINGS, GEOMETRY, workers=workers)
 
 
 def test_nothing_usable_is_an_error_with_the_reasons(clips: Path, workers: DecodeWorkers) -> None:

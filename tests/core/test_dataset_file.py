@@ -156,6 +156,11 @@ def test_all_problems_are_shown_together(folder: Path) -> None:
         ('{"id": "x"}', ["list of entries"]),
         ("[]", ["nothing to train on"]),
         ('[{"id": "t", "dataset_type": "text_embeds"}]', ["nothing to train on"]),
+        ('[{"id": "x",}]', ["take out the comma"]),
+        ('[{"id": "x", "repeats": 1, "repeats": 2}]', ["holds repeats twice"]),
+        ('[{"id": "x", "video": {"num_frames": 9, "num_frames": 17}}]', ["video: holds num_frames twice"]),
+        ('[{"id": "x", "probability": NaN}]', ["NaN is not a number"]),
+        ("[" * 100_000, ["nested too deeply"]),
     ],
 )
 def test_file_that_is_no_list_of_clips(folder: Path, content: str, words: list[str]) -> None:
@@ -163,6 +168,12 @@ def test_file_that_is_no_list_of_clips(folder: Path, content: str, words: list[s
     with pytest.raises(ConfigError) as caught:
         load_datasets(Path("d.json"), None, DataSettings(), {})
     assert all(word in str(caught.value) for word in [*words, "d.json"])
+
+
+def test_editors_may_leave_a_mark(folder: Path) -> None:
+    Path("d.json").write_text(json.dumps([video()]), encoding="utf-8-sig")
+    (clips,) = load_datasets(Path("d.json"), None, DataSettings(), {"model_family": "somefamily", "output_dir": "out"})
+    assert clips.id == "clips"
 
 
 def test_missing_file_and_missing_folder(folder: Path) -> None:

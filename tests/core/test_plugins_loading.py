@@ -185,16 +185,18 @@ def test_choosing_plugins_by_environment(caplog):
     assert "TUNER_DISABLE_PLUGINS names 'absent', which is not installed" in caplog.messages
 
 
-def test_entry_points_are_loaded_and_import_errors_kept(tmp_path, monkeypatch):
+def test_entry_points_are_loaded_and_import_errors_kept(tmp_path, monkeypatch, capsys):
     """A real distribution on the path, as pip would leave it."""
     info = tmp_path / "tuner_moon-3.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tuner-moon\nVersion: 3.1\n")
     (info / "entry_points.txt").write_text("[tuner]\nmoon = tuner_moon_module\nshade = tuner_moon_absent\nquits = tuner_moon_quits\n")
-    (tmp_path / "tuner_moon_module.py").write_text("'''Implements nothing.'''\n")
+    (tmp_path / "tuner_moon_module.py").write_text("print('hello')\n")
     (tmp_path / "tuner_moon_quits.py").write_text("raise SystemExit('no licence')\n")
     monkeypatch.syspath_prepend(tmp_path)
     registry = load_plugins({"TUNER_PLUGINS": "moon,shade,quits"})
+    out, err = capsys.readouterr()
+    assert out == "" and "hello" in err  # with --json the answer on stdout is one object
     moon, shade, quits = (record(registry, name) for name in ("moon", "shade", "quits"))
     assert (moon.status, moon.distribution, moon.version, moon.notes) == ("loaded", "tuner-moon", "3.1", ("it implements no hook",))
     assert (shade.status, shade.reason) == ("failed", "ModuleNotFoundError: No module named 'tuner_moon_absent'")

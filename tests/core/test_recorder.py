@@ -62,10 +62,16 @@ def test_heartbeat_and_pace_follow_the_steps(tmp_path: Path) -> None:
 
 
 def test_a_run_that_raises_is_recorded_as_failed_with_a_report(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), made(tmp_path, Clock()) as recorder:
+    with pytest.raises(ZeroDivisionError), made(tmp_path, Clock()) as recorder:
         recorder.folder.event("failed", reason="for a reason")
-        raise KeyboardInterrupt
+        raise ZeroDivisionError
     assert beat(tmp_path)["state"] == "failed" and "for a reason" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_that_a_signal_ends_is_recorded_as_stopped(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), made(tmp_path, Clock()):
+        raise KeyboardInterrupt
+    assert beat(tmp_path)["state"] == "stopped" and (tmp_path / "report.html").exists()
 
 
 def test_reports_follow_news_and_take_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

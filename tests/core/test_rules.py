@@ -195,3 +195,10 @@ def test_a_warm_up_beyond_the_end_is_a_notice(project: TinyProject) -> None:
     assert not any("lr_warmup_steps" in notice for notice in project.plan(lr_warmup_steps=8, max_train_steps=8).notices)
     with pytest.raises(ConfigError, match="lr_warmup_steps: 16"):
         project.plan(lr_warmup_steps=16, max_train_steps=8, strict=True)
+
+
+def test_a_batch_that_no_bucket_fills_is_a_notice(project: TinyProject) -> None:
+    clips = len(project.plan().manifest.items)
+    (notice,) = [notice for notice in project.plan(train_batch_size=clips + 1).notices if "train_batch_size" in notice]
+    assert f"{clips + 1} is more than any bucket" in notice
+    assert not any("train_batch_size" in notice for notice in project.plan(train_batch_size=1).notices)

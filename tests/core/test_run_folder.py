@@ -89,6 +89,15 @@ def test_events_carry_time_kind_and_facts(tmp_path: Path) -> None:
     assert second["upload"] == MASK
 
 
+def test_file_names_that_are_no_text_are_kept(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.mp4")
+    run = RunFolder(tmp_path)
+    run.event("failed", file=name)
+    run.write_dataset({"files": [name]})
+    assert rows(tmp_path / "events.jsonl")[0]["file"] == name
+    assert json.loads((tmp_path / "dataset.json").read_text(encoding="utf-8"))["files"] == [name]
+
+
 def test_metrics_hold_exact_numbers_and_null_for_what_is_none(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.metrics(1, {"loss": 0.1 + 0.2, "grad_norm": math.nan, "up": math.inf, "down": -math.inf, "count": 3})

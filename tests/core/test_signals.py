@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tuner.train.signals import StopRequests
+from tuner.train.signals import StopRequests, before_training
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -89,3 +89,16 @@ def test_other_threads_leave_signals_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [before, 0]
+
+
+def test_before_there_is_a_step_to_finish() -> None:
+    said: list[str] = []
+    with pytest.raises(SystemExit) as ended, before_training(said.append):
+        signal.raise_signal(signal.SIGUSR1)
+        assert len(said) == 1 and "nothing to save" in said[0]
+        with StopRequests(said.append) as requests:
+            signal.raise_signal(signal.SIGTERM)
+            assert requests.stop == 143
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143 and "SIGTERM: ending" in said[-1]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL

@@ -11,7 +11,7 @@ from tuner.data.media import decode_audio
 from tuner.errors import ConfigError, DiskError, NumericError
 from tuner.interfaces.encoders import AudioClip, VideoClip
 from tuner.interfaces.family import Generated
-from tuner.train.samples.validate import write_sample
+from tuner.train.samples.validate import check_target, write_sample
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -29,6 +29,13 @@ def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a file, no folder")
     with pytest.raises(DiskError, match="the clip cannot be written"):
         write_sample(Generated(None, AudioClip(torch.zeros(1, 480), 24000, 480), {}), tmp_path / "notes.txt" / "sample.mp4")
+
+
+def test_such_a_place_is_named_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The super-user, as whom tests may run, can write everywhere: the answer of the system is put in.
+    monkeypatch.setattr("tuner.train.samples.validate.os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(DiskError, match="cannot be written"):
+        check_target(tmp_path / "new" / "clip.mp4")
 
 
 def test_what_is_not_finite_is_no_clip(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import threading
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from core.watched import Page
 from integration.project import Project
 from tuner.train import recorder as recording
+from tuner.train import session
 from tuner.watch.status import read_status
 
 Capture = pytest.CaptureFixture[str]
@@ -57,6 +59,14 @@ def test_a_run_that_fails_says_so_on_its_page(project: Project, capsys: Capture)
     status = read_status(Path("out"))
     assert status.state == "failed" and "finite" in status.reason
     assert "finite" in Page(Path("out/report.html").read_text()).text
+
+
+def test_a_run_that_is_ended_before_its_first_step_was_stopped(project: Project, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "assemble", lambda *arguments: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        project.train()
+    assert ended.value.code == 143 and "SIGTERM: ending" in capsys.readouterr().out
+    assert read_status(Path("out")).state == "stopped" and project.events("stopped")[0]["step"] == 0 and not project.events("failed")
 
 
 def test_tensorboard_gets_what_metrics_jsonl_holds(project: Project, capsys: Capture) -> None:

@@ -18,7 +18,7 @@ import click
 
 import tuner
 from tuner.cli.quiet import silence_libraries
-from tuner.cli.table import folded, terminal_width
+from tuner.cli.table import folded, terminal_width, visible
 from tuner.errors import TunerError
 
 COMMANDS: Mapping[str, str] = {
@@ -139,7 +139,7 @@ def _outcome(arguments: Sequence[str], invocation: Invocation, color: bool | Non
     except TunerError as error:
         if invocation.debug:
             traceback.print_exc()
-        text = folded(f"error: {error}", terminal_width(sys.stderr)).removeprefix("error: ")
+        text = folded(f"error: {visible(str(error))}", terminal_width(sys.stderr)).removeprefix("error: ")
         click.echo(click.style("error: ", fg="red", bold=True) + text, err=True, color=color)
         return error.exit_code
     except Exception:  # the last one to see it: shown in full, never swallowed

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -38,6 +39,15 @@ def _folded(line: str, width: int) -> list[str]:
     longest = max(map(len, line[label.end() :].split()), default=0)
     below = below if below <= width // 2 and below + longest <= width else INDENT
     return textwrap.wrap(line, width, subsequent_indent=" " * below, break_long_words=False, break_on_hyphens=False)
+
+
+def visible(text: str) -> str:
+    """With control characters and bytes that are no text, which names of files may hold, as escapes; lines and tabs stay."""
+    return "".join(char.encode("unicode_escape").decode() if _unsafe(char) else char for char in text)
+
+
+def _unsafe(char: str) -> bool:
+    return char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs")
 
 
 def columns(headers: Sequence[str], rows: Sequence[Sequence[str]], margin: int = 0) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tuner.cli.common import ConfiguredCommand
 from tuner.cli.status_line import CacheBar, StatusLine, is_interactive
-from tuner.cli.table import folded
+from tuner.cli.table import folded, visible
 from tuner.config.resolve import Settings
 from tuner.config.settings import OptimizerSettings, RunSettings, TrainSettings
 from tuner.plugins.registry import Registry
@@ -35,9 +35,9 @@ class Terminal:
         self._end_bar()
         self._rows("Plan", plan_rows(plan))
         if "\n" in (verdicts := plan.manifest.table()):
-            self.console.print(self._folded(verdicts), markup=False, soft_wrap=True)
+            self.console.print(self._folded(visible(verdicts)), markup=False, soft_wrap=True)
         for notice in plan.notices:
-            self.console.print(self._folded(f"notice: {notice}"), markup=False, soft_wrap=True)
+            self.console.print(self._folded(visible(f"notice: {notice}")), markup=False, soft_wrap=True)
 
     def _rows(self, title: str, rows: list[tuple[str, str]]) -> None:
         if not self.console.is_terminal:  # a file or another program, which wants a row on one line
@@ -54,7 +54,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """One sentence, above whatever is live."""
         self._end_bar()
-        text = self._folded(text)
+        text = self._folded(visible(text))
         if self._line is not None:
             self._line.note(text)
         else:

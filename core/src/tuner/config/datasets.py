@@ -6,7 +6,6 @@ error with the entry's id. Imports no torch.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -35,6 +34,7 @@ from tuner.config.entries import (
     VideoEntry,
     VideoOptions,
 )
+from tuner.config.json_text import Pairs, parse, plain
 from tuner.config.linking import link
 from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings, RunSettings
@@ -90,16 +90,16 @@ def load_datasets(path: Path | None, data_dir: Path | None, settings: DataSettin
 def read_entries(path: Path) -> list[object]:
     """The entries as they stand in the file, unchecked. Raises `ConfigError`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise ConfigError("the dataset file does not exist", where="data_backend_config", value=str(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the dataset file cannot be read: {error}", where="data_backend_config", value=str(path)) from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}", where=str(path)) from error
+    except OSError as error:
+        raise ConfigError(f"the dataset file cannot be read: {error.strerror}", where="data_backend_config", value=str(path)) from error
+    if isinstance(content, Pairs):
+        raise ConfigError("a dataset file is a list of entries, this is an object", where=str(path), remedy="put it between [ and ]")
     if not isinstance(content, list):
         raise ConfigError("a dataset file is a JSON list of entries", where=str(path), value=type(content).__name__)
-    return content
+    return [plain(entry, f"{path}: entry {number}") for number, entry in enumerate(content, 1)]
 
 
 def _parse_all(

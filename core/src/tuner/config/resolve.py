@@ -14,6 +14,7 @@ from typing import TypeVar, cast
 
 from pydantic import ValidationError
 
+from tuner.config.json_text import Pairs, parse, plain, refuse_constant
 from tuner.config.masking import masked, shown
 from tuner.config.options import Options
 from tuner.config.problems import combined, problems_of
@@ -135,39 +136,14 @@ def _file_pairs(path: Path | None) -> list[Pair]:
 def read_object(path: Path) -> list[tuple[str, object]]:
     """The pairs of the JSON object in a file, in order, repeated keys included. Raises `ConfigError` for anything else."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_Pairs, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"line {error.lineno}, column {error.colno}: {error.msg}", where=str(path), remedy="mend the JSON") from error
+        content = parse(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise ConfigError("there is no such file", where=str(path), remedy="name the configuration with --config FILE") from error
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ConfigError(f"is not valid JSON: {error}", where=str(path)) from error
-    if not isinstance(content, _Pairs):
+        raise ConfigError(f"cannot be read: {error.strerror}", where=str(path), remedy="name a file that can be read") from error
+    if not isinstance(content, Pairs):
         raise ConfigError("must hold a JSON object: { ... }", where=str(path), remedy='write {"key": value, ...}')
-    return [(key, _plain(value, key, path)) for key, value in content]
-
-
-class _Pairs(list[tuple[str, object]]):
-    """A JSON object before repeated keys are lost."""
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a number that a setting can have")
-
-
-def _plain(value: object, where: str, path: Path) -> object:
-    if isinstance(value, _Pairs):
-        names = [name for name, _ in value]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ConfigError(f"holds {', '.join(repeated)} twice", where=f"{path}: {where}")
-        return {name: _plain(inner, f"{where}.{name}", path) for name, inner in value}
-    if isinstance(value, list):
-        return [_plain(inner, where, path) for inner in value]
-    return value
+    return [(key, plain(value, f"{path}: {key}")) for key, value in content]
 
 
 def _environment_pairs(vocabulary: Vocabulary, environ: Mapping[str, str], notices: list[str]) -> list[Pair]:
@@ -222,7 +198,7 @@ def _decoded(item: Given, problems: list[ConfigError]) -> Given | None:
     text = value.strip()
     if (key.admits(list) or key.admits(dict)) and text.startswith(("{", "[")):
         try:
-            return replace(item, value=json.loads(text, parse_constant=_refuse_constant))
+            return replace(item, value=json.loads(text, parse_constant=refuse_constant))
         except ValueError as error:
             problems.append(ConfigError(f"is not valid JSON: {error} ({item.place})", where=key.name, value=shown(key.name, value)))
             return None

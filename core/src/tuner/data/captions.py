@@ -22,8 +22,15 @@ def read_caption(entry: CaptionedEntry, clip: Path) -> str:
     """
     if entry.caption_strategy == "instanceprompt":
         return entry.instance_prompt.strip()
-    caption = " ".join(clip.stem.replace("_", " ").split()) if entry.caption_strategy == "filename" else _read(clip)
+    caption = _from_name(clip) if entry.caption_strategy == "filename" else _read(clip)
     return f"{entry.instance_prompt.strip()} {caption}" if entry.prepend_instance_prompt else caption
+
+
+def _from_name(clip: Path) -> str:
+    caption = " ".join(clip.stem.replace("_", " ").split())
+    if any("\ud800" <= character <= "\udfff" for character in caption):  # how Python holds the bytes of such a name
+        raise CaptionProblem("its name is not written in UTF-8", where=str(clip))
+    return caption
 
 
 def _read(clip: Path) -> str:
@@ -33,7 +40,9 @@ def _read(clip: Path) -> str:
         caption = file.read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
         raise CaptionProblem(f"{file.name} is missing", where=str(clip)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CaptionProblem(f"{file.name} cannot be read: {error.strerror}", where=str(clip)) from error
+    except UnicodeDecodeError as error:
         raise CaptionProblem(f"{file.name} cannot be read as UTF-8: {error}", where=str(clip)) from error
     if not caption:
         raise CaptionProblem(f"{file.name} is empty", where=str(clip))

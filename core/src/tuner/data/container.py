@@ -6,6 +6,7 @@ scripts) are not admitted, whatever the file's name says.
 
 from __future__ import annotations
 
+import os
 from bisect import insort
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ def open_media(path: Path) -> Iterator[InputContainer]:
     options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
     try:
         # Titles and handler names of old files are often not UTF-8; nothing here reads them.
-        with av.open(str(path.resolve()), container_options=options, metadata_errors="replace") as container:
+        with av.open(os.path.realpath(path), container_options=options, metadata_errors="replace") as container:
             yield container
     except av.FFmpegError as error:
         raise _refusal(path) or UnreadableMedia(f"cannot be decoded: {error.strerror or error}", where=str(path)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,11 @@ def suffixes(entry: FolderEntry) -> frozenset[str]:
 
 def find_files(entry: FolderEntry) -> Found:
     """Files below the entry's folder, sorted by their relative path; hidden files and folders and the entry's own cache are not looked
-    at. Raises `DataError` when there is none."""
+    at. Raises `DataError` when there is none, or a folder cannot be read."""
     folder = entry.instance_data_dir.absolute()  # worker processes may have started in another working directory
     wanted, cache = suffixes(entry), entry.cache_dir.absolute()
     paths, ignored = [], Counter[str]()
-    for path in _visible_files(folder, cache):
+    for path in visible_files(folder, cache):
         if path.suffix.lower() in wanted:
             paths.append(path)
         elif path.suffix.lower() not in CAPTIONS:
@@ -58,6 +59,26 @@ def find_files(entry: FolderEntry) -> Found:
             remedy=f"{_plural(entry)} end in {' '.join(sorted(wanted))}",
         )  # fmt: skip
     return Found(tuple(sorted(paths, key=lambda path: path.relative_to(folder).as_posix())), ignored)
+
+
+def visible_files(folder: Path, cache: Path | None = None, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Files below `folder` in no order, without hidden ones and those below `cache`. Raises `DataError` for a folder that cannot be read.
+
+    Links are followed, but not into one of `above`, where they lead round. One that leads nowhere counts as the file it is named after:
+    a clip that is not there is to be seen.
+    """
+    above |= {os.path.realpath(folder)}
+    try:
+        for path in [folder / entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]:
+            if path.is_dir():
+                if path != cache and os.path.realpath(path) not in above:
+                    yield from visible_files(path, cache, above)
+            elif path.is_file() or path.is_symlink():
+                yield path
+    except OSError as error:
+        raise DataError(
+            f"a folder cannot be read: {error.strerror}", where="instance_data_dir", value=str(folder), remedy="allow reading it"
+        ) from error
 
 
 def ignored_notice(entry: FolderEntry, ignored: Counter[str]) -> str:
@@ -89,13 +110,6 @@ def examine_all(
     for index in indexes.values() if remember else ():
         index.save()
     return [result for result in results if result is not None]
-
-
-def _visible_files(folder: Path, cache: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.is_file() and (cache == folder or cache not in path.parents):
-            yield path
 
 
 def _plural(entry: FolderEntry) -> str:

@@ -14,7 +14,7 @@ from tuner.config.linking import text_entry, trained_alone
 from tuner.config.settings import DataSettings
 from tuner.data.buckets import Bucket
 from tuner.data.captions import CaptionProblem
-from tuner.data.discover import CLIPS, Found, Report, examine_all, find_files, ignored_notice
+from tuner.data.discover import Found, Report, examine_all, find_files, ignored_notice
 from tuner.data.epochs import batches_per_epoch, sound_share
 from tuner.data.facts import UndecodableSound
 from tuner.data.items import Companion, Item, Kind, Role, Status, Verdict, reason_of
@@ -37,14 +37,16 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class AudioLedger:
-    """Sound of the clips found, and sound alone."""
+    """Sound of the clips that are used, and sound alone."""
 
     with_sound: int
     """Clips with a track of their own or a sound file."""
     without_sound: int
+    """With `with_sound` all clips that are used with their picture."""
     silence: int
     """Of those without sound: trained with silence."""
     undecodable: int
+    """Files that failed for their sound; none of them is counted above."""
     seconds: float
     """Of sound that is trained, in one pass."""
     alone: int = 0
@@ -103,8 +105,8 @@ class Manifest:
     def ledger(self) -> AudioLedger:
         """Counts of sound."""
         used = [item for item in self.items if item.has_audio]
-        clips = [v for v in self.verdicts if v.facts and not v.companion and v.path.suffix.lower() in CLIPS]
-        sounding = sum(1 for v in clips if (v.facts and v.facts.has_audio) or (v.item and v.item.companion("sound")))
+        clips = [(v.item, v.facts) for v in self.verdicts if v.item and v.status == "used" and v.item.kind == "video"]
+        sounding = sum(1 for item, facts in clips if (facts and facts.has_audio) or item.companion("sound"))
         return AudioLedger(
             with_sound=sounding, without_sound=len(clips) - sounding, silence=sum(item.silence for item in used),
             undecodable=sum(v.reason == UndecodableSound.reason for v in self.verdicts),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,7 +57,10 @@ class MediaIndex:
     def find(self, path: Path) -> Examined | None:
         """What is known of the file as it is now."""
         row = self._rows.get(_name(path))
-        if row is None or row["stamp"] != _stamp(path):
+        try:
+            if row is None or row["stamp"] != _stamp(path):
+                return None
+        except OSError:  # a link whose target has gone
             return None
         return Examined(str(row["content"]), MediaFacts(**row["facts"]))  # type: ignore[arg-type]
 
@@ -79,7 +83,7 @@ class MediaIndex:
 
 
 def _name(path: Path) -> str:
-    return hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _stamp(path: Path) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import av
 
 from tuner.data.container import MediaError, open_media
-from tuner.data.discover import CLIPS, PICTURES, SOUNDS
+from tuner.data.discover import CLIPS, PICTURES, SOUNDS, visible_files
 from tuner.errors import DataError
 
 KINDS = {"video": CLIPS, "image": PICTURES, "audio": SOUNDS}
@@ -84,7 +84,7 @@ def look_at(folder: Path, kind: str = "") -> Survey:
     if not folder.is_dir():
         raise DataError("there is no such folder" if not folder.exists() else "is a file, no folder", where="data", value=str(folder),
                         remedy="name the folder that holds your clips")  # fmt: skip
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+    files = sorted(visible_files(folder))
     found = {name: [path for path in files if path.suffix.lower() in suffixes] for name, suffixes in KINDS.items()}
     chosen = kind or next((name for name, paths in found.items() if paths), "")
     if not chosen or not found[chosen]:
@@ -95,10 +95,6 @@ def look_at(folder: Path, kind: str = "") -> Survey:
     clips, unreadable = _measured(paths[:: max(1, len(paths) // MEASURED)][:MEASURED])
     captioned = sum(path.with_suffix(".txt").is_file() for path in paths)
     return Survey({name: len(each) for name, each in found.items()}, chosen, captioned, clips, unreadable)
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _measured(paths: Sequence[Path]) -> tuple[tuple[Clip, ...], tuple[str, ...]]:

@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Literal
@@ -116,7 +117,8 @@ def _load(candidate: Candidate, claims: Claims) -> LoadedPlugin:
     torch_before = "torch" in sys.modules
     components: dict[Kind, tuple[Component, ...]] = {}
     try:
-        plugin = candidate.load()
+        with redirect_stdout(sys.stderr):  # stdout belongs to the command: with --json it is one object
+            plugin = candidate.load()
         manager = _manager(candidate.name, plugin)
         loaded = LoadedPlugin(PluginRecord(candidate.name, candidate.distribution, candidate.version, "loaded"), manager)
         components.update(_components(loaded))

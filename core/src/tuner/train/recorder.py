@@ -62,8 +62,13 @@ class Recorder:
         self._thread.join()
         if error is not None:
             with suppress(DiskError):
-                self.stage("failed")
+                self.stage("stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
         self.report()
+
+    @property
+    def reached(self) -> int:
+        """The last step that arrived."""
+        return self._step
 
     def stage(self, state: str, step: int | None = None) -> None:
         """What is going on now: "caching", "loading", "saving", "finished", "stopped". Raises `DiskError`."""

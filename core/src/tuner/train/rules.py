@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from tuner.config.entries import FolderEntry
-from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, RunSettings
+from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
+from tuner.data.epochs import group_turns
 from tuner.errors import ConfigError, DiskError, TunerError
 from tuner.interfaces.losses import TrainingFacts
 from tuner.model.adapters import resolve_targets
@@ -67,28 +68,32 @@ def _size_problems(plan: Plan) -> list[TunerError]:
 
 def notices(plan: Plan) -> tuple[str, ...]:
     """What is carried out as asked, but hardly meant."""
-    return (*_warmup_notices(plan), *_compute_notices(plan))
+    return (*_long_warm_up(plan), *_large_batch(plan), *_products(plan))
 
 
-def _compute_notices(plan: Plan) -> tuple[str, ...]:
+def _products(plan: Plan) -> Iterator[str]:
     model, device = plan.settings.get(ModelSettings), plan.context.device.type
-    if not model.base_model_compute:
-        return ()
-    implied = plan.settings.origin("base_model_precision") == "default"
-    held = (f"base_model_compute: {model.base_model_compute} holds the blocks in {model.base_model_precision}",) if implied else ()
-    slow = (f"base_model_compute: {device} has no products of 8-bit floats; their numbers are computed, not their speed",)
-    return (*held, *(slow if device != "cuda" else ()))
+    if model.base_model_compute and plan.settings.origin("base_model_precision") == "default":
+        yield f"base_model_compute: {model.base_model_compute} holds the blocks in {model.base_model_precision}"
+    if model.base_model_compute and device != "cuda":
+        yield f"base_model_compute: {device} has no products of 8-bit floats; their numbers are computed, not their speed"
 
 
-def _warmup_notices(plan: Plan) -> tuple[str, ...]:
+def _long_warm_up(plan: Plan) -> Iterator[str]:
     optimizer = plan.settings.get(OptimizerSettings)
-    if optimizer.lr_warmup_steps <= plan.total_steps:
-        return ()
-    share = (plan.total_steps - 1) / optimizer.lr_warmup_steps
-    return (
-        f"lr_warmup_steps: {optimizer.lr_warmup_steps} is more than the {plan.total_steps} steps of the run, so the learning rate ends "
-        f"at {share:.0%} of learning_rate",
-    )
+    if optimizer.lr_warmup_steps > plan.total_steps:
+        share = (plan.total_steps - 1) / optimizer.lr_warmup_steps
+        yield (
+            f"lr_warmup_steps: {optimizer.lr_warmup_steps} is more than the {plan.total_steps} steps of the run, so the learning rate ends "
+            f"at {share:.0%} of learning_rate"
+        )
+
+
+def _large_batch(plan: Plan) -> Iterator[str]:
+    asked = plan.settings.get(TrainSettings).train_batch_size
+    most = max((group.turns for group in group_turns(plan.manifest.items, asked)), default=asked)
+    if asked > most:
+        yield f"train_batch_size: {asked} is more than any bucket has to give in an epoch; the largest batch has {most}"
 
 
 def _graph_problems(plan: Plan) -> list[TunerError]:

@@ -154,7 +154,7 @@ class RunFolder:
 
     def _replace(self, name: str, content: Mapping[str, object], *, durable: bool = True) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        self._replace_bytes(name, f"{text}\n".encode(), durable=durable)
+        self._replace_bytes(name, _encoded(text), durable=durable)
 
     def _replace_bytes(self, name: str, content: bytes, *, durable: bool) -> None:
         """Readers see the old file or the new one, never a part. `durable`: also after a power cut."""
@@ -181,7 +181,7 @@ class RunFolder:
         Locked, because a write becomes visible page by page: another writer would take the first half for a torn line. A reader
         may still meet that half, so it should leave out a last line without an end.
         """
-        line = (json.dumps(masked(content), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = _encoded(json.dumps(masked(content), ensure_ascii=False, allow_nan=False))
         try:
             descriptor = os.open(self.path / name, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             try:
@@ -216,6 +216,11 @@ def _versions(*distributions: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _encoded(text: str) -> bytes:
+    """A line of JSON. Names of files that are not UTF-8, which Python holds as lone surrogates, become escapes that JSON reads back."""
+    return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def _step_of(line: bytes) -> float:

@@ -35,7 +35,7 @@ from tuner.train.samples.validation import Earlier, Validation
 from tuner.train.saving.lock import FolderLock
 from tuner.train.saving.results import write_results
 from tuner.train.saving.resume import TrainingCheckpoints
-from tuner.train.signals import StopRequests
+from tuner.train.signals import StopRequests, before_training
 from tuner.train.trackers import Trackers
 
 
@@ -139,15 +139,21 @@ class Session:
         return RunInfo(folder.path, self.plan.family_name, self.plan.facts.variant.name, values, plugins, now(), described)
 
     def _failed(self, folder: RunFolder, error: BaseException) -> None:
-        """Leaves word of the failure, as far as the disk allows."""
+        """Leaves word of the failure, or of a signal that did not wait for a step, as far as the disk allows."""
         if not self.ranks.main:
             return
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
         with suppress(DiskError):
-            folder.event("failed", error=type(error).__name__, reason=error.message if isinstance(error, TunerError) else str(error))
-        self.registry.run_finished(self.info(folder), "failed")
+            if stopped:
+                folder.event("stopped", step=self.recorder.reached, files=[])
+            else:
+                folder.event("failed", error=type(error).__name__, reason=error.message if isinstance(error, TunerError) else str(error))
+        self.registry.run_finished(self.info(folder), "stopped" if stopped else "failed")
 
     def _run(self, folder: RunFolder, checkpoints: TrainingCheckpoints, stack: ExitStack) -> Outcome:
-        recorder = self.recorder = stack.enter_context(Recorder(folder, self.plan.total_steps, self.interface.note, active=self.ranks.main))
+        self.recorder = Recorder(folder, self.plan.total_steps, self.interface.note, active=self.ranks.main)
+        recorder = stack.enter_context(self.recorder)
+        stack.enter_context(before_training(self.interface.note))
         if self.ranks.main:
             folder.write_run(self.info(folder), describe_device(self.plan.context.device.type))
             folder.write_config(self.plan.settings.resolved())

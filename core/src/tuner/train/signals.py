@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 EXIT_INTERRUPTED = 130
@@ -92,3 +93,27 @@ class StopRequests:
     def _tell(self, text: str) -> None:
         if self._notify is not None:
             self._notify(text)
+
+
+@contextmanager
+def before_training(notify: Callable[[str], None]) -> Iterator[None]:
+    """While clips are encoded and the model is loaded, when there is no step to finish and nothing to save: SIGTERM ends the run in order,
+    with exit code 143, and SIGUSR1 is answered with a word, where unhandled it would end the process. Other threads: nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        notify("SIGTERM: ending before the first step; what was encoded is kept")
+        raise SystemExit(EXIT_TERMINATED)
+
+    def decline(number: int, frame: FrameType | None) -> None:
+        notify("SIGUSR1: no step has run yet, so there is nothing to save")
+
+    former = {number: signal.signal(number, handler) for number, handler in ((signal.SIGTERM, end), (signal.SIGUSR1, decline))}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

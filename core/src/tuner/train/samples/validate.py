@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from tuner.config.resolve import Settings
 from tuner.config.settings import DataSettings, ModelSettings
 from tuner.config.validation_settings import ValidationSettings
 from tuner.data.media import write_mp4, write_wav
-from tuner.errors import ConfigError, NumericError
+from tuner.errors import ConfigError, DiskError, NumericError
 from tuner.interfaces.family import Generated, ModelFamily, SampleRequest
 from tuner.train.samples.prompts import prompts
 
@@ -84,11 +85,14 @@ def adjustments(family: ModelFamily, settings: Settings) -> tuple[str, ...]:
 
 
 def check_target(target: Path) -> None:
-    """Raises `ConfigError` for a place that no clip can be written to, before time is spent on making it."""
+    """Raises `ConfigError` or `DiskError` for a place that no clip can be written to, before time is spent on making it."""
     if target.is_dir():
         raise ConfigError("is a folder", where="--output", value=str(target), remedy="name the file to write, for example sample.mp4")
     if target.suffix.lower() != ".mp4":
         raise ConfigError("clips are written as .mp4", where="--output", value=str(target), remedy="let the name end in .mp4")
+    there = next(folder for folder in target.absolute().parents if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DiskError("cannot be written", where=str(there), remedy="name another file with --output")
 
 
 def wants_sample(settings: ValidationSettings) -> bool:
