@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tuner.errors import CheckpointError
 from tuner.model.stored import StoredTensor
 
-PIECE: Final = 16 << 20
+PIECE: Final = 8 << 20
 """Bytes read with one call. From 4 MiB on copies to a device run at the link's full speed."""
 THREADS: Final = 8
 """Copying out of the page cache takes a core about 10 GB/s, a link takes 50."""
@@ -150,7 +150,8 @@ class _Staging:
     def fill(self, read: Read, piece: Piece) -> None:
         """In a thread: waits until what was here before has been copied, then reads."""
         if self._copied is not None:
-            self._copied.synchronize()
+            with torch.cuda.device(self._device):  # a thread begins on the first device, where other processes may compute
+                self._copied.synchronize()
         read(piece, [self._memory[: piece.size].numpy().data])
 
     def send(self, piece: Piece) -> None:
