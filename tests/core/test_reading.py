@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,23 @@ def test_a_file_that_was_cut_short_is_named(tensors: dict[str, Tensor], tmp_path
 def test_memory_of_another_size_is_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="large: 60000 bytes are stored, 8 are asked for"):
         read_into([(stored(tensors, tmp_path)["large"], torch.empty(2))])
+
+
+def test_a_file_may_be_longer_than_memory(tmp_path: Path) -> None:
+    """Most of it is a hole, of which nothing is read and for which no address space is asked."""
+    hole, path = 1 << 40, tmp_path / "long.safetensors"
+    entries = {
+        "hole": {"dtype": "U8", "shape": [hole], "data_offsets": [0, hole]},
+        "end": {"dtype": "U8", "shape": [3], "data_offsets": [hole, hole + 3]},
+    }
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.seek(hole, os.SEEK_CUR)
+        file.write(b"end")
+    target = torch.empty(3, dtype=torch.uint8)
+    read_into([(read_header(path).tensors["end"], target)])
+    assert bytes(target.tolist()) == b"end"
 
 
 # --- through staging ---------------------------------------------------------------------------------------------
