@@ -31,7 +31,7 @@ from tuner.data.decode import decode_frames
 from tuner.data.manifest import Manifest, scan
 from tuner.data.media import write_mp4
 from tuner.data.workers import DecodeWorkers
-from tuner.interfaces.encoders import Record, Source, VideoClip
+from tuner.interfaces.encoders import AudioClip, Record, Source, VideoClip
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import TensorHeader, WeightSource
 from tuner.train.caching import fill_cache
@@ -101,8 +101,8 @@ class TimedEncoder(VideoLatentEncoder):
         return records
 
 
-def write_clips(folder: Path, count: int, width: int, height: int, frames: int) -> None:
-    """Moving patterns, as hard to decode as filmed clips of that size."""
+def write_clips(folder: Path, count: int, width: int, height: int, frames: int, *, sound: bool = False) -> None:
+    """Moving patterns, as hard to decode as filmed clips of that size; with `sound` noise beside them."""
     folder.mkdir()
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     for number in range(count):
@@ -110,7 +110,9 @@ def write_clips(folder: Path, count: int, width: int, height: int, frames: int) 
         grey = (torch.sin((x + shift) / (9 + number)) + torch.cos((y - shift) / 13) + 2) * 60
         noise = torch.randint(0, 12, (frames, height, width), generator=torch.Generator().manual_seed(number))
         picture = (grey + noise).to(torch.uint8)[..., None].expand(-1, -1, -1, 3)
-        write_mp4(folder / f"clip{number:03}.mp4", VideoClip(picture.contiguous(), 25.0))
+        samples = 16000 * frames // 25
+        noise_beside = AudioClip(torch.randn(2, samples) / 10, 16000, samples) if sound else None
+        write_mp4(folder / f"clip{number:03}.mp4", VideoClip(picture.contiguous(), 25.0), noise_beside)
         (folder / f"clip{number:03}.txt").write_text(f"pattern {number}")
 
 

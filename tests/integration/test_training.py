@@ -12,6 +12,9 @@ from safetensors import safe_open
 from integration.project import Project, add_clip
 from tuner.data.media import probe
 
+PHASES = ["imports", "device", "plan", "cache", "data", "load", "adapters", "attach", "optimizer", "first step"]
+"""In which a start is told, in order."""
+
 
 def test_a_run_leaves_adapter_sample_and_records(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     code = project.train(
@@ -36,6 +39,9 @@ def test_a_run_leaves_adapter_sample_and_records(project: Project, capsys: pytes
     assert resolved["lora_rank"] == {"value": 4, "origin": "file"} and resolved["seed"]["origin"] == "default"
     cached = project.events("cached")[0]
     assert cached["found"] == cached["cached"] + cached["encoded"] + cached["failed"]
+    start = project.events("start")[0]
+    assert isinstance(start["seconds"], dict) and list(start["seconds"]) == PHASES
+    assert sum(start["seconds"].values()) == pytest.approx(start["total"], abs=0.01)
     assert not any(".tmp" in path.name or path.name.endswith(".part") for path in out.rglob("*"))
 
 

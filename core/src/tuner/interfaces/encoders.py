@@ -68,7 +68,10 @@ class LatentEncoder(ABC):
 
     @abstractmethod
     def encode(self, sources: Sequence[Source]) -> list[Record]:
-        """Encodes equally shaped sources; CPU tensors in, CPU tensors out, one record each."""
+        """Encodes equally shaped sources; CPU tensors in, CPU tensors out, one record each.
+
+        Records may be written while the next are made: their tensors must not share memory that the encoder uses again.
+        """
 
     def downloads(self) -> Sequence[str]:
         """What `settings` and `load` would have to download first, in words. Asked once the plan has no problems."""

@@ -1,8 +1,8 @@
 """Memory strategies: where frozen weights live while they are not needed. And quantizers: how many bytes they take.
 
 A part is one network: "transformer", "text_encoder", "vae". The life of a part under a strategy: `open` before anything is read,
-`receive` for each block as soon as its weights are there (and quantized), `attach` once all blocks are there and adapters are
-added, then the block events of every pass, and `detach`. So host memory never holds a part twice.
+`expect` before a block is read as it is, `receive` for each block as soon as its weights are there (and quantized), `attach` once all
+blocks are there and adapters are added, then the block events of every pass, and `detach`. So host memory never holds a part twice.
 """
 
 from __future__ import annotations
@@ -67,6 +67,13 @@ class MemorySession:
 
     capturable: bool = True
     """Whether a steady step's events only queue work on the device, in the same order every time: then a CUDA graph may hold them."""
+
+    def expect(self, index: int, block: nn.Module, device: torch.device) -> None:
+        """Block `index` is about to be read, unquantized; its weights, of their final dtype, are on the meta device.
+
+        Who knows where they will live gives them memory there, all or some: they are read straight into it, and others to wherever the
+        loader puts them. Not every loader asks.
+        """
 
     def receive(self, index: int, block: nn.Module, device: torch.device) -> None:
         """All weights of block `index` have been read (and quantized): takes them to where they will live. No adapters yet."""
@@ -145,14 +152,18 @@ class MemoryStrategy(ABC):
 class Placement(ABC):
     """What becomes of the blocks of one part while it is read: their precision and their place. The core implements it.
 
-    A family's loader reads a block's weights onto `reading`, calls `received`, and goes on to the next block. Weights outside
-    the blocks it reads to their device itself. Who loads a part calls `attach` or `hold` afterwards and `close` at the end.
+    A family's loader calls `expect`, reads a block's weights into the memory that they have then, or onto `reading` those that have
+    none, calls `received`, and goes on to the next block. Weights outside the blocks it reads to their device itself. Who loads a part
+    calls `attach` or `hold` afterwards and `close` at the end.
     """
 
     reading: torch.device
     """Where the loader puts a block's weights."""
     streamed: bool = False
     """Whether a strategy brings the weights to the device in turn: what else is large is then better left in host memory too."""
+
+    def expect(self, index: int, block: nn.Module, dtype: torch.dtype) -> None:
+        """Block `index`, without memory, is about to be read in `dtype`. Its weights may have memory afterwards, which is to be filled."""
 
     @abstractmethod
     def received(self, index: int, block: nn.Module) -> None:

@@ -52,7 +52,15 @@ class WeightSource(ABC):
 
     @abstractmethod
     def tensors(self, part: str, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Memory-mapped tensors of `part` (all, or the named ones)."""
+        """Tensors of `part` (all, or the named ones) on the CPU."""
+
+    def fill(self, part: str, targets: Mapping[str, Tensor]) -> None:
+        """Writes the named tensors into memory that is there already, on any device and in any dtype.
+
+        What can be is read straight into it. Copies to a device may still be under way on its current stream.
+        """
+        for name, tensor in self.tensors(part, tuple(targets)):
+            targets[name].detach().copy_(tensor)
 
     @abstractmethod
     def fingerprint(self, part: str) -> str:

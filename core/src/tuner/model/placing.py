@@ -1,6 +1,7 @@
 """Where and in which precision the blocks of a part end up while they are read: quantized one by one, then handed to the strategy.
 
-One block at a time is in host memory in its stored precision, so the peak there is what the part takes in the end, and a block.
+Unquantized blocks are read straight into the memory that the strategy keeps them in. Others are in memory as they are stored one at
+a time, so the peak is what the part takes in the end, and a block.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.memory import MemorySession, MemoryStrategy, PartMemory, Placement, Quantizer
+from tuner.model.reading import cast_empty
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,11 @@ class BlockPlacement(Placement):
         self.reading = HOST if streamed and quantizer is None else device
         self._quantized = 0
         self._undo: list[Callable[[], None]] = []
+
+    def expect(self, index: int, block: nn.Module, dtype: torch.dtype) -> None:
+        if self.quantizer is None:  # else what is read does not stay
+            cast_empty(block, dtype)
+            self.session.expect(index, block, self.device)
 
     def received(self, index: int, block: nn.Module) -> None:
         if self.quantizer is not None:

@@ -32,6 +32,7 @@ from tuner.train.execute import Execution, GraphExecution, PlainExecution, reaso
 from tuner.train.masters import MasterWeights
 from tuner.train.noise import NoiseSampler
 from tuner.train.passes import ExtraPasses
+from tuner.train.phases import Phases
 from tuner.train.plan import Plan
 from tuner.train.rollout import NoiseTransform, Rollout
 from tuner.train.schedule import make_schedule
@@ -63,12 +64,15 @@ class Assembly:
         self.session.detach()
 
 
-def assemble(plan: Plan, device: torch.device) -> Assembly:
-    """Loads the model and builds everything around it."""
+def assemble(plan: Plan, device: torch.device, phases: Phases | None = None) -> Assembly:
+    """Loads the model and builds everything around it. `phases` is told when each part is done."""
+    phases = phases or Phases()
     family = plan.family
     placement = plan.memory.open("transformer", plan.facts.blocks, device)
     model = family.load(plan.source, plan.streams, plan.context.dtype, device, placement)
+    phases.done("load")
     trained = add_trainable(plan, model, device)
+    phases.done("adapters")
     blocks = family.block_set(model)
     session = placement.attach(blocks)
     regularizers = _attach_regularizers(plan, blocks)
@@ -81,6 +85,7 @@ def assemble(plan: Plan, device: torch.device) -> Assembly:
         taps=[t for r in regularizers for t in r.taps()],
         train_block=compiled(plan),
     )
+    phases.done("attach")
     terms = [*stream_losses(plan), *plan.loss_terms, *(t for r in regularizers for t in r.loss_terms())]
     own = dict(trained)
     for regularizer in regularizers:
@@ -91,6 +96,7 @@ def assemble(plan: Plan, device: torch.device) -> Assembly:
     runner.sink = assembly.masters
     for regularizer in regularizers:
         regularizer.connect(ExtraPasses(assembly.training, assembly.masters, own))
+    phases.done("optimizer")
     return assembly
 
 

@@ -1,4 +1,7 @@
-"""Fills the cache: one encoder in memory at a time, clips decoded ahead in worker processes, equal shapes encoded together."""
+"""Fills the cache: one encoder in memory at a time, clips decoded ahead in worker processes, equal shapes encoded together.
+
+Records are written in threads while the next are encoded, and all of them are there before anybody looks for them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from tuner.data.manifest import Item, Manifest, Report
 from tuner.data.prefetch import Prefetcher
 from tuner.data.records import Place, RecordPlaces, SourceFile
 from tuner.data.workers import DecodeWorkers
+from tuner.data.writer import RecordWriter
 from tuner.errors import DataError
 from tuner.interfaces.encoders import AudioClip, LatentEncoder, Source, VideoClip
 from tuner.interfaces.family import Geometry
@@ -262,7 +266,11 @@ class _Batches(Generic[Key]):
     progress: _Progress
 
     def encode(self, sources: Iterable[tuple[Key, Source | DataError]], name: Callable[[Key], str]) -> None:
-        """`sources`: equal shapes follow each other. `name`: what errors call a source."""
+        """`sources`: equal shapes follow each other. `name`: what errors call a source. All records are written on return."""
+        with RecordWriter() as writer:
+            self._encode(sources, name, writer)
+
+    def _encode(self, sources: Iterable[tuple[Key, Source | DataError]], name: Callable[[Key], str], writer: RecordWriter) -> None:
         batch: list[tuple[Key, Task]] = []
         for key, source in sources:
             if isinstance(source, DataError):
@@ -270,21 +278,21 @@ class _Batches(Generic[Key]):
                 self.progress.add(1)
                 continue
             if batch and shape_of(source) != shape_of(batch[0][1].source):
-                self._finish(batch)
+                self._finish(batch, writer)
                 batch = []
             batch.append((key, Task(name(key), source)))
             if len(batch) >= self.work.batch_size:
-                self._finish(batch)
+                self._finish(batch, writer)
                 batch = []
         if batch:
-            self._finish(batch)
+            self._finish(batch, writer)
 
-    def _finish(self, batch: Sequence[tuple[Key, Task]]) -> None:
+    def _finish(self, batch: Sequence[tuple[Key, Task]], writer: RecordWriter) -> None:
         for (key, _), result in zip(batch, self.work.encode([task for _, task in batch]), strict=True):
             if isinstance(result, DataError):
                 self.failed[key] = result
             else:
-                self.places[key].cache.write(self.places[key].key, result)
+                writer.write(self.places[key], result)
         self.progress.add(len(batch))
 
 

@@ -43,6 +43,8 @@ class Loop:
     due: Callable[[int], bool] = lambda step: False
     """Whether `validate` is wanted after that step. The last one's is whoever's that called."""
     validate: Callable[[int], None] = lambda step: None
+    started: Callable[[], None] = lambda: None
+    """Called once, when the device has done the first step."""
     metrics: StepMetrics = field(default_factory=StepMetrics)
     at: str = "the first step"
     """Step and batch that are worked on, for errors."""
@@ -63,6 +65,8 @@ class Loop:
         try:
             while step < self.plan.total_steps and not self.stops.stop:
                 self.step(step, feed)
+                if step == self.start:
+                    self._first_step()
                 step += 1
                 wanted = interval and step % interval == 0 and step < self.plan.total_steps
                 if wanted or self.stops.take_checkpoint_request():
@@ -76,6 +80,11 @@ class Loop:
         if saved != step or step == self.start:
             self.checkpoint(step)
         return step
+
+    def _first_step(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.started()
 
     def _validate(self, step: int) -> None:
         if self.due(step):

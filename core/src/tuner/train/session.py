@@ -24,6 +24,7 @@ from tuner.train.assemble import Assembly, assemble
 from tuner.train.caching import CacheSummary, fill_cache
 from tuner.train.forecast.advise import full_device
 from tuner.train.loop import Loop
+from tuner.train.phases import Phases
 from tuner.train.plan import Plan, make_plan, with_manifest
 from tuner.train.publish.card import fill_outbox
 from tuner.train.publish.outbox import Outbox
@@ -100,6 +101,7 @@ class Session:
     interface: Interface
     ranks: Ranks
     destination: Destination
+    phases: Phases = field(default_factory=Phases)
     stage: str = "caching"
     """What is going on before the first step, for errors."""
     loop: Loop | None = None
@@ -160,13 +162,15 @@ class Session:
             folder.event("started", total_steps=self.plan.total_steps, notices=list(self.plan.notices))
         recorder.stage("caching")
         summary = self._cache(folder)
+        self.phases.done("cache")
         recorder.total = self.plan.total_steps
         recorder.stage("loading")
         dataset = self._dataset(summary)
         found = self.ranks.together(lambda: checkpoints.load(dataset.digest()))
         self.stage = "loading the model"
         self.interface.note(self.stage)
-        assembly = self.ranks.together(lambda: assemble(self.plan, self.plan.context.device))
+        self.phases.done("data")
+        assembly = self.ranks.together(lambda: assemble(self.plan, self.plan.context.device, self.phases))
         stack.callback(assembly.detach)
         start = self.ranks.together(lambda: checkpoints.restore(found, assembly)) if found else 0
         self.interface.note(f"going on after step {start}" if found else "starting at step 0")
@@ -262,9 +266,16 @@ class Session:
             self.ranks.together(lambda: sample(step))
             stops.agree()
 
+        def started() -> None:
+            self.phases.done("first step")
+            if self.ranks.main:
+                seconds = {name: round(taken, 3) for name, taken in self.phases.seconds.items()}
+                folder.event("start", seconds=seconds, total=round(self.phases.total, 3), bytes=self.plan.facts.bytes)
+
         return Loop(
-            self.plan, assembly, dataset, on_metrics, save, stops, start, self.ranks.rank, self.ranks.world, validation.due, validate
-        )
+            self.plan, assembly, dataset, on_metrics, save, stops, start, self.ranks.rank, self.ranks.world, validation.due, validate,
+            started,
+        )  # fmt: skip
 
     def _conclude(
         self, folder: RunFolder, assembly: Assembly, checkpoints: TrainingCheckpoints, step: int, stopped: int, summary: CacheSummary,
@@ -307,15 +318,19 @@ class Session:
 
 def train(registry: Registry, settings: Settings, interface: Interface, *, dry_run: bool = False) -> Outcome:
     """`tuner train`: plans, and unless `dry_run` trains. A dry run writes nothing."""
+    phases = Phases()
+    phases.done("imports")
     device, ranks = _start()
     interface = interface if ranks.main else Silence()
     destination = ranks.main_first(lambda: check_destination(settings, interface.note) if ranks.main else planned_destination(settings))
+    phases.done("device")
     with TemporaryDirectory() if dry_run else nullcontext() as scratch:
         plan = _plan(registry, settings, interface, device, ranks, Path(scratch) if scratch else None)
         if dry_run:
             TrainingCheckpoints(plan, plan.context.output_dir, ranks.world).check()
             return Outcome(0, 0, None, (), None)
-    outcome = Session(registry, plan, interface, ranks, destination).run()
+    phases.done("plan")
+    outcome = Session(registry, plan, interface, ranks, destination, phases).run()
     interface.finished(outcome)
     return outcome
 

@@ -10,7 +10,7 @@ Dimensions: B captions, T tokens, E width, N layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +21,9 @@ from tuner.errors import CheckpointError
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.memory import PartMemory, Placement
 from tuner.model.placing import RunMemory
+from tuner.model.reading import memory_for
 from tuner.model.stored import StoredTensor, read_header, weight_files
-from tuner_ltxvideo2.quantized import read_stored, with_scales
+from tuner_ltxvideo2.quantized import read_weights, with_scales
 from tuner_ltxvideo2.text_files import GemmaConfig, GemmaModel, gemma_model
 
 MEMORY_PART: Final = "text_encoder"
@@ -86,16 +87,22 @@ def load_gemma(folder: Path, config: GemmaConfig, dtype: torch.dtype, device: to
     stored = _find(folder, model.state_dict().keys())
     embedding = _HOST if placement.streamed else device
     outside = {name: tensor for name, tensor in stored.items() if not name.startswith(_LAYERS + ".")}
-    weights = {name: tensor.to(embedding if name == _ANCHOR else device, dtype) for name, tensor in read_stored(outside).items()}
-    model.load_state_dict(weights, strict=False, assign=True)
+    _read(model, {name: tensor for name, tensor in outside.items() if name == _ANCHOR}, dtype, embedding)
+    _read(model, {name: tensor for name, tensor in outside.items() if name != _ANCHOR}, dtype, device)
     for index, layer in enumerate(model.layers):
         lead = f"{_LAYERS}.{index}."
-        inside = {name.removeprefix(lead): tensor for name, tensor in stored.items() if name.startswith(lead)}
-        layer.load_state_dict({name: t.to(placement.reading, dtype) for name, t in read_stored(inside).items()}, assign=True)
+        placement.expect(index, layer, dtype)
+        _read(model, {name: tensor for name, tensor in stored.items() if name.startswith(lead)}, dtype, placement.reading)
         placement.received(index, layer.eval().requires_grad_(False))
     model.embed_tokens.embed_scale = model.embed_tokens.embed_scale.to(embedding)
     model.rotary_emb.to(device)
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _read(model: nn.Module, stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Fills parameters and buffers by name, those without memory on `device`."""
+    targets = memory_for(model, stored, lambda name: dtype, device)
+    read_weights((stored[name], target) for name, target in targets.items())
 
 
 def empty_gemma(config: GemmaConfig) -> GemmaModel:

@@ -1,7 +1,7 @@
 """Reading weights: layouts, the accounting of every key, and modules built straight from the file.
 
-Special here: nothing is read before it is asked for, and nothing is held twice. Headers are parsed by hand, because fingerprints need
-the byte ranges; tensors come memory-mapped; modules are made without storage and take each tensor over as it arrives.
+Special here: nothing is read before it is asked for, and nothing is held twice. Headers are parsed by hand, because fingerprints and
+reading need the byte ranges; modules are made without storage, given memory where each tensor will live, and filled from the file.
 
 A checkpoint is accepted only when every stored key has exactly one place in the modules that its own configuration describes, and
 every place has its key. What is missing or left over is named.
@@ -21,16 +21,16 @@ from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoT
 from diffusers.models.modeling_utils import no_init_weights
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder, LTX2VocoderWithBWE
 from diffusers.pipelines.ltx2.vocoder import UpSample1d
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from tuner.errors import CheckpointError
 from tuner.interfaces.family import Variant
 from tuner.interfaces.memory import Placement
 from tuner.interfaces.services import Loader, TensorHeader, WeightSource
+from tuner.model.reading import memory_for
 from tuner.model.stored import StoredFile, StoredTensor, fingerprint_tensors, named, read_header, weight_files
 from tuner_ltxvideo2.keys import DIFFUSION_DECODER, PARTS, TRANSFORMER_PREFIX, is_unread, join_original, split_original, to_diffusers
-from tuner_ltxvideo2.quantized import read_weight, with_scales
+from tuner_ltxvideo2.quantized import read_weights, weight_of, with_scales
 from tuner_ltxvideo2.variants import FAMILY, variant_of
 
 _CLASSES: Final[Mapping[str, type[nn.Module]]] = {
@@ -70,14 +70,11 @@ class StoredWeights(WeightSource):
 
     def tensors(self, part: str, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         stored = self._part(part)
-        by_file: dict[Path, list[str]] = {}
-        for name in stored if names is None else names:
-            by_file.setdefault(stored[name].file, []).append(name)
-        for file, wanted in by_file.items():
-            with safe_open(file, framework="pt") as opened:
-                for name in wanted:
-                    scales = tuple(opened.get_tensor(scale.key) for scale in stored[name].scales)
-                    yield name, read_weight(stored[name], opened.get_tensor(stored[name].key), scales)
+        return ((name, weight_of(stored[name])) for name in (stored if names is None else names))
+
+    def fill(self, part: str, targets: Mapping[str, Tensor]) -> None:
+        stored = self._part(part)
+        read_weights((stored[name], target) for name, target in targets.items())
 
     def fingerprint(self, part: str) -> str:
         return fingerprint_tensors(self._part(part))
@@ -173,9 +170,10 @@ def build_part(
     _read_into(module, source, part, [name for name in wanted if name not in inside], dtype, device)
     for index, names in blocks.items():
         assert placement is not None
+        block = module.get_submodule(f"{_BLOCKS}.{index}")
+        placement.expect(index, block, dtype)
         _read_into(module, source, part, names, dtype, placement.reading)
-        block = module.get_submodule(f"{_BLOCKS}.{index}").eval().requires_grad_(False)
-        placement.received(index, block)
+        placement.received(index, block.eval().requires_grad_(False))
     if isinstance(module, LTX2VocoderWithBWE):
         # Its resampling filter is not stored: it follows from the rates, so it is made here, off the meta device.
         ratio = module.config.output_sampling_rate // module.config.input_sampling_rate
@@ -195,9 +193,10 @@ def _by_block(names: Iterable[str]) -> dict[int, list[str]]:
 def _read_into(
     module: nn.Module, source: WeightSource, part: str, names: Sequence[str], dtype: torch.dtype, device: torch.device
 ) -> None:
-    for name, tensor in source.tensors(part, names):
-        kept = torch.float32 if name.rpartition(".")[2] in _STATISTICS else dtype
-        _assign(module, name, tensor.to(device=device, dtype=kept))
+    def kept(name: str) -> torch.dtype:
+        return torch.float32 if name.rpartition(".")[2] in _STATISTICS else dtype
+
+    source.fill(part, memory_for(module, names, kept, device))
 
 
 def empty_part(part: str, variant: Variant) -> nn.Module:
@@ -367,16 +366,6 @@ def _read_json(path: Path) -> dict[str, object]:
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=f"{path.parent.name}/{path.name}") from error
     return dict(parsed)
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts `tensor` in the place of the parameter or buffer `name`."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
 
 
 def fingerprint_folder(folder: Path) -> str:

@@ -17,16 +17,16 @@ Dimensions: N rows, K columns of the weight; B = K / 16 blocks a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from tuner.errors import CheckpointError
 from tuner.interfaces.services import TensorHeader
+from tuner.model.reading import dtype_of, read_into
 from tuner.model.stored import StoredFile, StoredTensor, named, read_bytes
 
 PLAIN: Final = frozenset({"BF16", "F16", "F32", "F64"})
@@ -35,6 +35,10 @@ _DECLARED: Final = frozenset({"float8_e4m3fn", "float8_e5m2", "nvfp4"})
 _SCALES: Final[Mapping[str, str]] = {"weight_scale": "scale", "scale_weight": "scale", "weight_scale_2": "second"}
 _DROPPED: Final = ("input_scale", "scale_input", "comfy_quant")
 _MARKER: Final = "scaled_fp8"
+_PACKED: Final = "F4"
+"""What a header says of a weight in NVFP4."""
+_AT_ONCE: Final = 256 << 20
+"""Bytes of weights that are in memory as they are stored, to be converted, at a time."""
 _BLOCK: Final = 16
 _TILE: Final = (128, 4)
 """Rows and columns of block scales in a tile, in which row r, column c lies at 16 · (r mod 32) + 4 · (r div 32) + c."""
@@ -66,21 +70,61 @@ def with_scales(stored: StoredFile) -> StoredFile:
     return replace(stored, tensors={key: _scaled(tensor, scales.get(key, {})) for key, tensor in kept.items()})
 
 
-def read_weight(stored: StoredTensor, raw: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
+@torch.no_grad()
+def read_weights(wanted: Iterable[tuple[StoredTensor, Tensor]]) -> None:
+    """Fills each tensor, on any device and of any dtype, with the weight that is stored; what is stored otherwise is converted there."""
+    straight: list[tuple[StoredTensor, Tensor]] = []
+    others: list[tuple[StoredTensor, Tensor]] = []
+    for stored, target in wanted:
+        as_it_is = not stored.scales and dtype_of(stored) == target.dtype
+        (straight if as_it_is else others).append((stored, target))
+    read_into(straight)
+    while others:
+        group = [others.pop()]
+        while others and sum(stored.end - stored.start for stored, _ in group) < _AT_ONCE:
+            group.append(others.pop())
+        _read_converted(group)
+
+
+def _read_converted(wanted: Sequence[tuple[StoredTensor, Tensor]]) -> None:
+    """All of them, and their scales, are in memory beside the targets for a moment."""
+    raw = [[(piece, _room(piece, target.device)) for piece in (stored, *stored.scales)] for stored, target in wanted]
+    read_into(pair for pairs in raw for pair in pairs)
+    for (stored, target), pairs in zip(wanted, raw, strict=True):
+        weight, *scales = (room for _, room in pairs)
+        target.detach().copy_(_unscaled(stored, weight, scales))
+
+
+def weight_of(stored: StoredTensor) -> Tensor:
+    """The weight itself, on the CPU: as it is stored, or float32 where it has scales."""
+    room = torch.empty(stored.header.shape, dtype=torch.float32 if stored.scales else dtype_of(stored))
+    read_weights([(stored, room)])
+    return room
+
+
+def _room(stored: StoredTensor, device: torch.device) -> Tensor:
+    """Memory for a tensor as it is stored."""
+    if stored.header.dtype == _PACKED:  # the header is the weight's own
+        rows, columns = stored.header.shape
+        return torch.empty(rows, columns // 2, dtype=torch.uint8, device=device)
+    return torch.empty(stored.header.shape, dtype=dtype_of(stored), device=device)
+
+
+def _unscaled(stored: StoredTensor, raw: Tensor, scales: Sequence[Tensor]) -> Tensor:
     """The weight itself: `raw` where it has no scales, else float32 (N, K)."""
     if not scales:
         return raw
-    if stored.header.dtype == "F4":
+    if stored.header.dtype == _PACKED:
         return unpack_nvfp4(raw, *scales)
     scale = scales[0].float()
     return raw.float() * (scale if scale.numel() == 1 else scale.reshape(-1, *(1,) * (raw.ndim - 1)))
 
 
 def unpack_nvfp4(packed: Tensor, block_scales: Tensor, scale: Tensor) -> Tensor:
-    """(N, K/2) uint8, block scales float8 in cuBLAS's tiles, one scale -> (N, K) float32."""
+    """(N, K/2) uint8, block scales float8 in cuBLAS's tiles, one scale -> (N, K) float32, all on one device."""
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     codes = torch.stack([packed >> 4, packed & 0xF], dim=-1).reshape(rows, columns).long()
-    numbers = torch.tensor([*_E2M1, *(-value for value in _E2M1)])[codes]
+    numbers = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=packed.device)[codes]
     blocks = untile(block_scales.float(), rows, columns // _BLOCK) * scale.float()
     return (numbers.reshape(rows, -1, _BLOCK) * blocks[..., None]).reshape(rows, columns)
 
@@ -175,7 +219,7 @@ def _scaled(tensor: StoredTensor, scales: Mapping[str, StoredTensor]) -> StoredT
         )  # fmt: skip
         if not fits:
             raise _misfit(tensor, scales)
-        return replace(tensor, header=TensorHeader((rows, columns), "F4"), scales=(scales["scale"], scales["second"]))
+        return replace(tensor, header=TensorHeader((rows, columns), _PACKED), scales=(scales["scale"], scales["second"]))
     if not scales:
         return tensor
     scale = scales.get("scale")
@@ -194,15 +238,3 @@ def _misfit(tensor: StoredTensor, scales: Mapping[str, StoredTensor]) -> Checkpo
         f"the scales do not fit a weight of {list(tensor.header.shape)} in {tensor.header.dtype}",
         where=tensor.key, value=seen, remedy=_REMEDY,
     )  # fmt: skip
-
-
-def read_stored(tensors: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """The weights by name, read from their files; float32 where they have scales."""
-    found: dict[str, Tensor] = {}
-    for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
-        with safe_open(file, framework="pt") as opened:
-            for name, tensor in tensors.items():
-                if tensor.file == file:
-                    scales = tuple(opened.get_tensor(scale.key) for scale in tensor.scales)
-                    found[name] = read_weight(tensor, opened.get_tensor(tensor.key), scales)
-    return found

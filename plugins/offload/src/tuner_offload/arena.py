@@ -220,6 +220,14 @@ class Parcel:
         """Copies what the module holds now into `flat`."""
         self.packing.write(flat, self.held())
 
+    def lies_in(self, flat: Tensor) -> bool:
+        """Whether what the module holds now are plain tensors in their places in `flat`."""
+        held, nodes = self.held(), self.packing.nodes
+        return all(
+            isinstance(node, Leaf) and (held[name].data_ptr() == flat.data_ptr() + node.offset or not node.size)
+            for name, node in nodes.items()
+        )
+
     def held(self) -> dict[str, Tensor]:
         """Name -> the parameter that the module holds now."""
         found: dict[str, Tensor] = {}

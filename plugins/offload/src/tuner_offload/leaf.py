@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.memory import MemorySession
+from tuner.model.reading import allocate
 from tuner_offload.arena import HostArena, Packing, Parcel, aligned
 from tuner_offload.layer_ring import LayerRing, StoredLayer
 from tuner_offload.layers import is_streamable, stream
@@ -55,6 +56,15 @@ def every_layer(index: int, candidates: Sequence[Candidate]) -> Sequence[Candida
     return candidates
 
 
+@dataclass(frozen=True)
+class _Room:
+    """Where the chosen layers of a module will lie."""
+
+    arena: HostArena | None
+    """None: none is chosen."""
+    layers: tuple[tuple[nn.Module, StoredLayer], ...]
+
+
 class LeafSession(MemorySession):
     """Streams the large linear layers and convolutions of a part through `SLOTS` slots, or one by one in line without `stream`."""
 
@@ -67,12 +77,19 @@ class LeafSession(MemorySession):
         self._smallest = smallest
         self._layers: list[tuple[nn.Module, StoredLayer]] = []
         self._seen: set[int] = set()
+        self._expected: dict[int, _Room] = {}
         self._arenas: list[HostArena] = []
         self._pageable = 0
         self._ring: LayerRing | None = None
         self._undo: list[Callable[[], None]] = []
 
     # --- before the first pass -----------------------------------------------------------------------------------
+    def expect(self, index: int, block: nn.Module, device: torch.device) -> None:
+        self._expected[index] = room = self._room_for(index, block, trained=True)
+        for _, stored in room.layers:
+            stored.parcel.put(stored.stored)
+        allocate(block, device)
+
     def receive(self, index: int, block: nn.Module, device: torch.device) -> None:
         self._keep(index, block, device, trained=True)
 
@@ -91,25 +108,33 @@ class LeafSession(MemorySession):
     def _keep(self, index: int, module: nn.Module, device: torch.device, *, trained: bool) -> None:
         """Takes the chosen layers of `module` to host memory and everything else in it to `device`."""
         self._seen.add(index)
-        chosen = self._chosen(index, module, trained=trained)
-        parcels = [Parcel(layer) for layer in chosen]
-        streamed = {id(layer) for layer in chosen}
+        room = self._expected.pop(index, None) or self._room_for(index, module, trained=trained)
+        streamed = {id(layer) for layer, _ in room.layers}
         for owner in module.modules():
             _move_own(owner, device, parameters=id(owner) not in streamed)
+        for layer, stored in room.layers:
+            if not stored.parcel.lies_in(stored.memory):
+                stored.parcel.write(stored.memory)
+            stored.parcel.put(stored.stored)
+            self._layers.append((layer, stored))
+        if room.arena is not None:
+            if not room.arena.register(self.link):
+                self._pageable += room.arena.memory.numel()
+            self._arenas.append(room.arena)
+
+    def _room_for(self, index: int, module: nn.Module, *, trained: bool) -> _Room:
+        """Host memory for the chosen layers of `module`."""
+        chosen = self._chosen(index, module, trained=trained)
+        parcels = [Parcel(layer) for layer in chosen]
         if not parcels:
-            return
+            return _Room(None, ())
         arena = HostArena(sum(aligned(parcel.size) for parcel in parcels), f"the streamed layers ({self._key})")
-        offset = 0
+        layers, offset = [], 0
         for layer, parcel in zip(chosen, parcels, strict=True):
             memory = arena.memory[offset : offset + parcel.size]
-            parcel.write(memory)
-            stored = parcel.parameters(memory)
-            parcel.put(stored)
-            self._layers.append((layer, StoredLayer(parcel, memory, stored)))
+            layers.append((layer, StoredLayer(parcel, memory, parcel.parameters(memory))))
             offset += aligned(parcel.size)
-        if not arena.register(self.link):
-            self._pageable += offset
-        self._arenas.append(arena)
+        return _Room(arena, tuple(layers))
 
     def _chosen(self, index: int, module: nn.Module, *, trained: bool) -> list[nn.Module]:
         found = candidates(module, trained=trained, smallest=self._smallest)
@@ -153,6 +178,7 @@ class LeafSession(MemorySession):
             arena.close()
         self._arenas.clear()
         self._layers.clear()
+        self._expected.clear()
 
 
 def _move_own(owner: nn.Module, device: torch.device, *, parameters: bool) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.memory import MemorySession
+from tuner.model.reading import allocate
 from tuner_offload.arena import HostArena, Parcel, aligned, move_buffers
 from tuner_offload.ring import ArenaFeed, Feed, Ring
 from tuner_offload.transfer import Link, Slot, pageable_notice
@@ -33,6 +34,10 @@ class Store(ABC):
     """Where streamed blocks lie while they are not on the device."""
 
     capturable: bool = True
+
+    def reserve(self, index: int, parcel: Parcel) -> Mapping[str, nn.Parameter]:
+        """Parameters over memory for block `index`, which is about to be read into them; empty: read it elsewhere and give it to `keep`."""
+        return {}
 
     @abstractmethod
     def keep(self, index: int, parcel: Parcel) -> Mapping[str, nn.Parameter]:
@@ -56,9 +61,15 @@ class HostStore(Store):
         self._arenas: dict[int, HostArena] = {}
         self._pageable = 0
 
+    def reserve(self, index: int, parcel: Parcel) -> Mapping[str, nn.Parameter]:
+        arena = self._arenas[index] = HostArena(parcel.size, f"the streamed blocks ({self._key})")
+        return parcel.parameters(arena.memory)
+
     def keep(self, index: int, parcel: Parcel) -> Mapping[str, nn.Parameter]:
-        arena = HostArena(parcel.size, f"the streamed blocks ({self._key})")
-        parcel.write(arena.memory)
+        arena = self._arenas.get(index)
+        if arena is None or not parcel.lies_in(arena.memory):
+            arena = HostArena(parcel.size, f"the streamed blocks ({self._key})")
+            parcel.write(arena.memory)
         if not arena.register(self._link):
             self._pageable += parcel.size
         self._arenas[index] = arena
@@ -105,6 +116,13 @@ class StreamedBlocks(MemorySession):
         self._materialized = False
 
     # --- before the first pass -----------------------------------------------------------------------------------
+    def expect(self, index: int, block: nn.Module, device: torch.device) -> None:
+        if index in self._unit_of:
+            parcel = Parcel(block)
+            parcel.put(self._store.reserve(index, parcel))
+        else:
+            allocate(block, device)
+
     def receive(self, index: int, block: nn.Module, device: torch.device) -> None:
         if index in self._unit_of:
             self._keep(index, Parcel(block))

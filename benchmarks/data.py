@@ -1,0 +1,129 @@
+"""A training step over cached data beside the same step over data that lie on the device already.
+
+    python benchmarks/data.py                     # LTX-2 2.0 at real size, in the folder of start.py; needs a GPU
+    python benchmarks/data.py --size tiny --folder /tmp/start     # the same program on a CPU; its times mean nothing
+
+Both are the product's own loop: batches come from its prefetch thread, which reads records, puts them together and page-locks them, or from
+a list of the same batches on the device. Rounds of both alternate. A round is timed as a whole, because waiting for the device after each
+step would hide a thread that is too slow. Data should make a step at most 2 % longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from caching import write_clips
+from checkpoint import write_model
+from start import WORK, configuration, fill_cache
+from step import describe_machine, synchronize
+from tuner.config.resolve import resolve
+from tuner.config.settings import DataSettings, TrainSettings
+from tuner.data.dataset import TrainingSet
+from tuner.data.prefetch import Prefetcher
+from tuner.plugins.loader import load_plugins
+from tuner.train.assemble import assemble
+from tuner.train.loop import Loop
+from tuner.train.placement import to_device
+from tuner.train.plan import make_plan
+from tuner.train.signals import StopRequests
+from tuner.train.step import Item
+
+LIMIT = 1.02
+"""Time over cached data / time over data on the device, at most."""
+WARM_UP = 6
+"""Enough for a graph to be captured."""
+
+
+class Waiting(Prefetcher[Item]):
+    """Knows how long the step has waited for it."""
+
+    waited = 0.0
+
+    def __next__(self) -> Item:
+        started = time.perf_counter()
+        found = super().__next__()
+        self.waited += time.perf_counter() - started
+        return found
+
+
+def make_loop(keys: dict[str, object], device: torch.device) -> Loop:
+    """The loop of a run with these keys."""
+    registry = load_plugins()
+    settings = resolve(registry.option_types, flags={key: str(value) for key, value in keys.items()})
+    plan = make_plan(registry, settings, device)
+    train = settings.get(TrainSettings)
+    dataset = TrainingSet(plan.manifest, plan.encoders, train.train_batch_size, train.seed, train.caption_dropout_probability)
+    return Loop(plan, assemble(plan, device), dataset, lambda step, row: None, lambda step: None, StopRequests(lambda text: None))
+
+
+def round_of(loop: Loop, feed: Prefetcher[Item], first: int, steps: int) -> float:
+    """Seconds a step."""
+    synchronize(loop.device)
+    started = time.perf_counter()
+    for step in range(first, first + steps):
+        loop.step(step, feed)
+    synchronize(loop.device)
+    return (time.perf_counter() - started) / steps
+
+
+def measure(loop: Loop, rounds: int, steps: int) -> tuple[float, float, float]:
+    """Median seconds a step over data on the device and over cached data, and seconds that a step waited for the latter."""
+    there = [to_device(loop.prepare(index), loop.device) for index in range(loop.dataset.steps_per_epoch)]
+    synthetic = Prefetcher(lambda index: there[index % len(there)], depth=0)
+    cached = Waiting(loop.prepare, 0, loop.plan.settings.get(DataSettings).dataloader_prefetch)
+    try:
+        step = 0
+        for feed in (synthetic, cached):
+            round_of(loop, feed, step, WARM_UP)
+            step += WARM_UP
+        cached.waited = 0.0
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for found, feed in zip(times, (synthetic, cached), strict=True):
+                found.append(round_of(loop, feed, step, steps))
+                step += steps
+    finally:
+        cached.close()
+    return statistics.median(times[0]), statistics.median(times[1]), cached.waited / (rounds * steps)
+
+
+def main(argv: list[str]) -> int:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/tuner-start"), help="where the weights are written, and left")
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5, help="of both kinds")
+    parser.add_argument("--steps", type=int, default=10, help="in a round")
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.size == "real" and device.type == "cpu":
+        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+        return 3
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    model = write_model(folder, arguments.size, sparse=False)
+    width, height, frames = WORK[arguments.size]
+    clips = folder / f"clips-{arguments.clips}"
+    if not clips.is_dir():
+        write_clips(clips, arguments.clips, width, height, frames, sound=True)
+    keys = configuration(folder, model, arguments.size, {"max_train_steps": 1_000_000}, clips)
+    fill_cache(keys)
+    print("\n".join(f"{name}: {value}" for name, value in describe_machine(device).items()))
+    loop = make_loop(keys, device)
+    print(f"{arguments.clips} clips of {width}x{height}x{frames}, batch 2, {arguments.rounds} rounds of {arguments.steps} steps\n")
+    synthetic, cached, waited = measure(loop, arguments.rounds, arguments.steps)
+    print("| Data | s/step | s waited for a batch | ratio |\n|---|---|---|---|")
+    print(f"| on the device | {synthetic:.4f} | - | 1 |")
+    print(f"| cached | {cached:.4f} | {waited:.5f} | {cached / synthetic:.3f} (at most {LIMIT:g}) |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
