@@ -47,6 +47,15 @@ def test_a_dry_run_writes_nothing_at_all(project: Project, flavour: str) -> None
     assert everything(project.folder) == before
 
 
+def test_a_cache_needs_no_length_of_a_run(project: Project, capsys: Capture) -> None:
+    config = project.config(max_train_steps=None, lr_warmup_steps=10)
+    assert project.tuner("cache", "--config", config) == 0
+    shown = capsys.readouterr()
+    assert " 0 steps" not in shown.out and "lr_warmup_steps" not in shown.out + shown.err
+    assert project.tuner("train", "--config", config) == 2
+    assert "max_train_steps: the length of the run is not given" in capsys.readouterr().err
+
+
 def test_after_cache_training_encodes_nothing(project: Project, capsys: Capture) -> None:
     assert project.tuner("cache", "--config", project.config()) == 0
     assert not Path("out").exists() and "8" not in capsys.readouterr().err

@@ -118,8 +118,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("clips", manifest.describe()),
         ("sound", manifest.describe_sound(train.train_batch_size, train.seed)),
         ("buckets", f"{buckets} (width x height @ frames)"),
-        ("length", f"{plan.total_steps} steps of {optimizer.gradient_accumulation_steps} x {train.train_batch_size} clips"
-                   f"{f' on each of {plan.world} devices' if plan.world > 1 else ''}, {plan.batches_per_epoch} batches an epoch"),
+        ("length", describe_length(plan)),
         ("optimizer", f"{optimizer.optimizer}, learning rate {optimizer.learning_rate:g}, {optimizer.lr_scheduler}"),
         ("device", f"{plan.context.device}, {str(plan.context.dtype).removeprefix('torch.')}"),
         ("output", str(plan.context.output_dir)),
@@ -130,6 +129,14 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         *([("memory", plan.predicted.describe())] if plan.predicted else []),
         *plan.validation.describe(),
     ]  # fmt: skip
+
+
+def describe_length(plan: Plan) -> str:
+    """Steps and what is in one; without a length (`tuner cache`) what an epoch is."""
+    accumulated, size = plan.settings.get(OptimizerSettings).gradient_accumulation_steps, plan.settings.get(TrainSettings).train_batch_size
+    each = f" on each of {plan.world} devices" if plan.world > 1 else ""
+    steps = f"{plan.total_steps} steps of {accumulated} x {size} clips{each}, " if plan.total_steps else ""
+    return f"{steps}{plan.batches_per_epoch} batches an epoch"
 
 
 def describe_precision(plan: Plan) -> list[str]:

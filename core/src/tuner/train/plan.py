@@ -141,10 +141,11 @@ def open_source(registry: Registry, located: Located, name: str) -> WeightSource
 
 def make_plan(
     registry: Registry, settings: Settings, device: torch.device, *,
-    rank: int = 0, world: int = 1, report: Report | None = None, scratch: Path | None = None,
+    rank: int = 0, world: int = 1, report: Report | None = None, scratch: Path | None = None, trains: bool = True,
 ) -> Plan:  # fmt: skip
     """The whole plan of a training run. Reads file headers and probes clips; loads no weights.
 
+    `trains`: False for what needs no length, which is 0 steps then unless one is given.
     `scratch`: for a plan that is only looked at; what would be kept in the cache goes into that folder or nowhere.
     """
     model = plan_model(registry, settings, device, rank, scratch)
@@ -168,7 +169,7 @@ def make_plan(
         streams=streams, facts=facts, entries=tuple(entries), manifest=manifest, encoders=tuple(encoders),
         extras=tuple(encoder.name for encoder in extras),
         regularizers=regularizers, loss_terms=_enabled(model, "loss_term"),
-        batches_per_epoch=batches, total_steps=total_steps(settings, batches, world),
+        batches_per_epoch=batches, total_steps=total_steps(settings, batches, world) if trains or _has_length(settings) else 0,
         notices=(*settings.notices, *model.family.notices(), *manifest.notices, *sample_notices, *validation.notices), world=world,
         validation=validation, downloads=(*model.downloads, *validation.downloads),
     )  # fmt: skip
@@ -269,6 +270,11 @@ def find_clips(model: ModelPlan, report: Report | None, *, remember: bool = True
     """Reads the dataset file and probes every clip."""
     entries, data = configured_datasets(model.settings, model.family_name), model.settings.get(DataSettings)
     return entries, scan(entries, data, model.family.geometry, progress=report, remember=remember)
+
+
+def _has_length(settings: Settings) -> bool:
+    train = settings.get(TrainSettings)
+    return bool(train.max_train_steps or train.num_train_epochs)
 
 
 def total_steps(settings: Settings, batches_per_epoch: int, world: int = 1) -> int:

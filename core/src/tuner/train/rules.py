@@ -81,7 +81,7 @@ def _products(plan: Plan) -> Iterator[str]:
 
 def _long_warm_up(plan: Plan) -> Iterator[str]:
     optimizer = plan.settings.get(OptimizerSettings)
-    if optimizer.lr_warmup_steps > plan.total_steps:
+    if optimizer.lr_warmup_steps > plan.total_steps > 0:
         share = (plan.total_steps - 1) / optimizer.lr_warmup_steps
         yield (
             f"lr_warmup_steps: {optimizer.lr_warmup_steps} is more than the {plan.total_steps} steps of the run, so the learning rate ends "

@@ -339,7 +339,7 @@ def cache(registry: Registry, settings: Settings, interface: Interface) -> Cache
     """`tuner cache`: plans and encodes, and loads no transformer."""
     device, ranks = _start()
     interface = interface if ranks.main else Silence()
-    plan = _plan(registry, settings, interface, device, ranks)
+    plan = _plan(registry, settings, interface, device, ranks, trains=False)
     return ranks.main_first(lambda: encode_dataset(plan, interface))
 
 
@@ -359,11 +359,14 @@ def _start() -> tuple[torch.device, Ranks]:
 
 
 def _plan(
-    registry: Registry, settings: Settings, interface: Interface, device: torch.device, ranks: Ranks, scratch: Path | None = None
-) -> Plan:
+    registry: Registry, settings: Settings, interface: Interface, device: torch.device, ranks: Ranks, scratch: Path | None = None,
+    trains: bool = True,
+) -> Plan:  # fmt: skip
     """The plan, made by the first rank, then by the others, which find its files; shown once."""
     plan = ranks.main_first(
-        lambda: make_plan(registry, settings, device, rank=ranks.rank, world=ranks.world, report=interface.caching, scratch=scratch)
+        lambda: make_plan(
+            registry, settings, device, rank=ranks.rank, world=ranks.world, report=interface.caching, scratch=scratch, trains=trains
+        )
     )
     interface.plan(plan)
     return plan
