@@ -30,7 +30,7 @@ from tuner.plugins.loader import load_plugins
 from tuner.train.assemble import assemble
 from tuner.train.loop import Loop
 from tuner.train.placement import to_device
-from tuner.train.plan import make_plan
+from tuner.train.planning import make_plan
 from tuner.train.signals import StopRequests
 from tuner.train.step import Item
 

@@ -28,7 +28,8 @@ from tuner.config.resolve import resolve
 from tuner.data.records import RecordPlaces
 from tuner.interfaces.encoders import LatentEncoder, Record
 from tuner.plugins.loader import load_plugins
-from tuner.train.plan import Plan, make_plan
+from tuner.train.plan import Plan
+from tuner.train.planning import make_plan
 from tuner_ltxvideo2.audio_latents import latent_length
 
 LIMIT = 60.0

@@ -23,10 +23,11 @@ from tuner.model.placing import RunMemory
 from tuner.plugins.loader import load_plugins
 from tuner.testing.blocks import MixingModel, call_mixing_block
 from tuner.train.forecast import costs, footprint
-from tuner.train.forecast.advise import Row, rank
+from tuner.train.forecast.advise import rank
 from tuner.train.forecast.costs import Job, OptimizerCost
 from tuner.train.forecast.footprint import Footprint, FusedKernels, LiveBytes, Trained, Work
 from tuner.train.forecast.machine import CARDS, GIB, RESERVE, SPARE, Machine, find_machine, measure_speed
+from tuner.train.forecast.row import Row
 from tuner.train.plan import ModelPlan
 
 CPU, META = torch.device("cpu"), torch.device("meta")

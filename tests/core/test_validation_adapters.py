@@ -22,7 +22,8 @@ from tuner.model import hub
 from tuner.model.adapters import ADAPTER, adapted_layers
 from tuner.testing.project import TinyProject
 from tuner.train.samples import adapters as sample_adapters
-from tuner.train.samples.adapters import AdapterRun, AdapterUse, adapter_runs, added, locate_adapter
+from tuner.train.samples.adapters import adapter_runs, added, locate_adapter
+from tuner.train.samples.wanted import AdapterRun, AdapterUse
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

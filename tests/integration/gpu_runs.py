@@ -25,7 +25,8 @@ from tuner.plugins.loader import load_plugins
 from tuner.train.assemble import Assembly, assemble
 from tuner.train.execute import GraphExecution
 from tuner.train.loop import Item, Loop
-from tuner.train.plan import Plan, make_plan, with_manifest
+from tuner.train.plan import Plan, with_manifest
+from tuner.train.planning import make_plan
 from tuner.train.session import Silence, encode_dataset
 from tuner.train.signals import StopRequests
 

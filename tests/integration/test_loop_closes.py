@@ -24,7 +24,7 @@ from tuner.data.media import probe
 from tuner.model.licence import UNKNOWN_LICENCE
 from tuner.plugins.loader import load_plugins
 from tuner.plugins.registry import Registry
-from tuner.train.plan import make_plan
+from tuner.train.planning import make_plan
 from tuner.train.samples.sample import Trained, generate
 from tuner_ltxvideo2.tiny import TinyPaths
 

@@ -18,7 +18,7 @@ from tuner.data.dataset import TrainingSet
 from tuner.interfaces.family import Batch, Noise
 from tuner.plugins.loader import load_plugins
 from tuner.train.assemble import assemble
-from tuner.train.plan import make_plan
+from tuner.train.planning import make_plan
 from tuner.train.saving.checkpoint import load_checkpoint
 from tuner_ltxvideo2.loading import CombinedFile, build_part
 from tuner_ltxvideo2.tiny import TinyPaths

@@ -32,7 +32,8 @@ from tuner.train.execute import PlainExecution
 from tuner.train.loop import Item, Loop
 from tuner.train.masters import MasterWeights
 from tuner.train.noise import NoiseSampler
-from tuner.train.plan import Plan, make_plan
+from tuner.train.plan import Plan
+from tuner.train.planning import make_plan
 from tuner.train.schedule import make_schedule
 from tuner.train.session import Silence, encode_dataset
 from tuner.train.signals import StopRequests

@@ -25,7 +25,8 @@ from tuner.train.forecast import advise, costs
 from tuner.train.forecast.costs import Job
 from tuner.train.forecast.footprint import Trained, measure
 from tuner.train.forecast.machine import GIB, find_machine
-from tuner.train.plan import ModelPlan, Plan, make_plan
+from tuner.train.plan import ModelPlan, Plan
+from tuner.train.planning import make_plan
 from tuner_ltxvideo2.family import LTX2Family, block_counts, linear_layers
 from tuner_ltxvideo2.loading import empty_part
 from tuner_ltxvideo2.options import LTX2Options
@@ -123,7 +124,7 @@ def test_a_run_predicts_its_peak_and_says_what_would_fit(
     tight = replace(large, memory=found.row.needs() - (4 << 20))
     told = advise.remedy(plan, tight)
     assert told.startswith("this would fit: ") and "predicted" in told
-    monkeypatch.setattr("tuner.train.plan.forecast", lambda plan: advise.forecast(plan, tight))
+    monkeypatch.setattr("tuner.train.planning.forecast", lambda plan: advise.forecast(plan, tight))
     assert project.tuner("train", "--config", project.config(), "--dry-run") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "memory predicted" in shown and "notice: the device's memory is predicted to be" in shown

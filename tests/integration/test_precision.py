@@ -20,7 +20,8 @@ from tuner.model.adapters import add_adapters
 from tuner.model.quantized import QuantizedLinear
 from tuner.model.runner import BlockRunner, Checkpointing
 from tuner.plugins.loader import load_plugins
-from tuner.train.plan import ModelPlan, make_plan, memory_facts, plan_model, quantized_bytes
+from tuner.train.plan import ModelPlan, memory_facts, quantized_bytes
+from tuner.train.planning import make_plan, plan_model
 
 CPU = torch.device("cpu")
 STREAMS = ("video", "audio")

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
 
     from tuner.interfaces.family import ClipShape
-    from tuner.train.forecast.advise import Row
     from tuner.train.forecast.costs import Job
     from tuner.train.forecast.machine import Machine
+    from tuner.train.forecast.row import Row
 
 UNITS = {"": 2**30, "b": 1, "mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30, "tib": 2**40, "m": 2**20, "g": 2**30}
 """Bytes; a number alone means GiB, as the sizes of graphics cards are given."""
@@ -97,7 +97,7 @@ def find_job(
     """What is to be trained, and in words what it was measured with: the dataset's largest bucket, or the shape asked for."""
     from tuner.config.settings import TrainSettings
     from tuner.train.forecast.advise import job_for, largest
-    from tuner.train.plan import find_clips, plan_model
+    from tuner.train.planning import find_clips, plan_model
 
     model = plan_model(registry, settings, device, scratch=scratch)
     data, family = settings.get(DataSettings), model.family
@@ -115,7 +115,8 @@ def find_job(
 
 
 def _nothing_fits(ranked: Sequence[Row], job: Job, machine: Machine) -> OutOfMemoryError:
-    from tuner.train.forecast.advise import describe, gib
+    from tuner.train.forecast.advise import describe
+    from tuner.train.forecast.row import gib
 
     nearest = next((row for row in ranked if not row.problem), ranked[0])
     if nearest.problem:
@@ -130,7 +131,7 @@ def _nothing_fits(ranked: Sequence[Row], job: Job, machine: Machine) -> OutOfMem
 # --- showing -----------------------------------------------------------------------------------------------------
 def _text(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> str:
     """The table for people."""
-    from tuner.train.forecast.advise import gib
+    from tuner.train.forecast.row import gib
 
     fitting, impossible = [row for row in ranked if row.fits(machine)], [row for row in ranked if row.problem]
     too_large = len(ranked) - len(fitting) - len(impossible)
@@ -149,7 +150,8 @@ def _text(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> str:
 
 
 def _cells(row: Row, job: Job, machine: Machine) -> tuple[str, ...]:
-    from tuner.train.forecast.advise import gib, lines
+    from tuner.train.forecast.advise import lines
+    from tuner.train.forecast.row import gib
 
     mark = ("*" if row.current else "") + ("" if row.fits(machine) else "!")
     pairs = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in lines(row, job.model).items())

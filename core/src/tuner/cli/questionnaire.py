@@ -32,8 +32,8 @@ from tuner.plugins.registry import CHOSEN_BY, Registry
 
 if TYPE_CHECKING:
     from tuner.data.survey import Survey
-    from tuner.train.forecast.advise import Row
     from tuner.train.forecast.machine import Machine
+    from tuner.train.forecast.row import Row
     from tuner.train.plan import ModelPlan
 
 PRECISION = "base_model_precision"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,7 +21,6 @@ from tuner.errors import ConfigError, PluginError, TunerError
 from tuner.plugins.record import CORE, Kind, LoadedPlugin, PluginRecord, reason_of
 
 if TYPE_CHECKING:
-    from tuner.train.plan import Plan
     from tuner.train.run import RunInfo
 
 log = logging.getLogger(__name__)
@@ -78,8 +77,8 @@ class Registry:
         return absences([record for record in self.plugins if record.status != "loaded"])
 
     # --- hooks of a run --------------------------------------------------------------------------------------------
-    def check_plan(self, plan: Plan) -> list[TunerError]:
-        """All problems of all plugins. A check that raises is a problem itself."""
+    def check_plan(self, plan: Any) -> list[TunerError]:
+        """All problems of all plugins with `plan`, a `tuner.train.plan.Plan`. A check that raises is a problem itself."""
         problems: list[TunerError] = []
         for plugin in self._active():
             try:

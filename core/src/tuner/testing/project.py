@@ -31,7 +31,8 @@ from tuner.plugins.registry import Registry
 from tuner.testing.clips import write_clip
 from tuner.train.assemble import Assembly, assemble
 from tuner.train.loop import Loop
-from tuner.train.plan import Plan, make_plan, with_manifest
+from tuner.train.plan import Plan, with_manifest
+from tuner.train.planning import make_plan
 from tuner.train.saving.checkpoint import flatten_state
 from tuner.train.saving.results import write_adapter_files
 from tuner.train.session import Outcome, Silence, encode_dataset, train

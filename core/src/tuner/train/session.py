@@ -25,7 +25,8 @@ from tuner.train.caching import CacheSummary, fill_cache
 from tuner.train.forecast.advise import full_device
 from tuner.train.loop import Loop
 from tuner.train.phases import Phases
-from tuner.train.plan import Plan, make_plan, with_manifest
+from tuner.train.plan import Plan, with_manifest
+from tuner.train.planning import make_plan
 from tuner.train.publish.card import fill_outbox
 from tuner.train.publish.outbox import Outbox
 from tuner.train.publish.upload import Destination, check_destination, later, page, planned_destination, send

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeGuard
 
 from tuner.errors import CheckpointError
-from tuner_ltxvideo2.variants import Headers, count_of, shape_of
+from tuner_ltxvideo2.headers import Headers, count_of, shape_of
 
 _STRIDES: Final[Mapping[int, str]] = {2: "temporal", 4: "spatial", 8: "spatiotemporal"}
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from tuner.errors import CheckpointError
+from tuner_ltxvideo2.headers import Headers, count_of, shape_of
 
 if TYPE_CHECKING:
     from tuner.interfaces.family import Variant
-    from tuner.interfaces.services import TensorHeader, WeightSource
-
-Headers = Mapping[str, "TensorHeader"]
+    from tuner.interfaces.services import WeightSource
 
 FAMILY: Final = "ltxvideo2"
 
@@ -268,18 +267,3 @@ def _connectors(config: Mapping[str, Any], headers: Headers) -> dict[str, object
             f"{stream}_gated_attn": f"{stream}_connector.transformer_blocks.0.attn1.to_gate_logits.weight" in headers,
         }
     return arguments
-
-
-def shape_of(headers: Headers, name: str) -> tuple[int, ...]:
-    """Shape of the tensor `name`. Raises `CheckpointError` where it is missing."""
-    if name not in headers:
-        raise CheckpointError(
-            "the checkpoint lacks a tensor that tells its size", where=name, remedy="download it again, or give a complete checkpoint"
-        )
-    return headers[name].shape
-
-
-def count_of(headers: Headers, prefix: str) -> int:
-    """How many numbered modules stand under `prefix`."""
-    start = prefix + "."
-    return len({name[len(start) :].split(".", 1)[0] for name in headers if name.startswith(start)})

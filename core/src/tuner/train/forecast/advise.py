@@ -9,7 +9,7 @@ import json
 import logging
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,8 @@ from tuner.train.accumulation import batches_together
 from tuner.train.forecast import costs
 from tuner.train.forecast.costs import Job, Precision
 from tuner.train.forecast.footprint import Footprint, Trained, measure
-from tuner.train.forecast.machine import GIB, RESERVE, SPARE, Machine, find_machine
+from tuner.train.forecast.machine import Machine, find_machine
+from tuner.train.forecast.row import Predicted, Row, gib
 from tuner.train.step import train_together
 
 if TYPE_CHECKING:
@@ -49,42 +50,6 @@ NEAR = 0.005
 """Steps in which errors of precisions are told apart: of those in one step the first to be registered is offered."""
 UNTOLD = (TunerError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OSError, StopIteration)
 """What a model, strategy or optimizer of anybody's may raise on the meta device. A forecast is a service: a run goes on without it."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One combination of settings and what it costs. Bytes, seconds a step."""
-
-    residency: str
-    """What the strategy says of itself; "resident" without one."""
-    precision: str
-    checkpointing: str
-    """"none", "some" or "all" blocks are recomputed."""
-    keys: Mapping[str, object]
-    """All keys that make this row, with their values."""
-    peak: int
-    parts: Mapping[str, int]
-    """What the peak is made of."""
-    pinned: int
-    host: int
-    seconds: float
-    error: float
-    current: bool = False
-    """It is what the configuration says now."""
-    problem: str = ""
-    """Why it cannot be used at all."""
-    where: str = ""
-    """The keys concerned."""
-    kept: int = 0
-    """Blocks that keep their activations."""
-
-    def needs(self) -> int:
-        """Bytes of a device's memory that this takes, with what torch does not count."""
-        return int(self.peak * (1 + SPARE)) + RESERVE
-
-    def fits(self, machine: Machine) -> bool:
-        """Whether it can be used there."""
-        return not self.problem and self.needs() <= machine.memory
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -304,30 +269,6 @@ def predict(plan: Plan, machine: Machine) -> Predicted:
     return Predicted(replace(found, current=True), machine, one)
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """A run's row, and the device it is for."""
-
-    row: Row
-    machine: Machine
-    block: int = 0
-    """Bytes that a block takes whose activations are kept; where it was asked how many can."""
-
-    def describe(self) -> str:
-        """One line for the plan."""
-        parts = ", ".join(f"{name} {gib(size)}" for name, size in self.row.parts.items() if size)
-        parts += f"; activations of {self.row.kept} blocks are kept" if self.block else ""
-        return f"predicted {gib(self.row.needs())} of {gib(self.machine.memory)} on the device ({parts}), {self.row.seconds:.2g} s a step"
-
-    @property
-    def notices(self) -> tuple[str, ...]:
-        """Empty where it fits."""
-        if self.row.needs() <= self.machine.memory:
-            return ()
-        over = gib(self.row.needs() - self.machine.memory)
-        return (f"the device's memory is predicted to be {over} too small: {self.describe()}; `tuner plan` shows what fits",)
-
-
 def forecast(plan: Plan, machine: Machine | None = None) -> Predicted | None:
     """What a run will take of its device, or of `machine`; None without a device of its own memory, or where that cannot be told."""
     if machine is None and plan.context.device.type != "cuda":
@@ -380,8 +321,3 @@ def lines(found: Row, model: ModelPlan) -> dict[str, object]:
 def told(value: object) -> str:
     """A value as it stands in config.json, without quotes."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def gib(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

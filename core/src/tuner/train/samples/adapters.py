@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,36 +24,17 @@ from tuner.errors import CheckpointError, ConfigError, DiskError, HubError, Tune
 from tuner.interfaces.services import AdapterState
 from tuner.model.hub import Repository, fetch, open_repository, pending
 from tuner.train.samples.prompts import label, read_json, unused
+from tuner.train.samples.wanted import CONFIG_KEY, AdapterRun, AdapterUse
 from tuner.train.saving.adapter_files import check_adapter, read_adapter
 
 if TYPE_CHECKING:
     from tuner.plugins.registry import Registry
     from tuner.train.plan import ModelPlan
 
-PATH_KEY, CONFIG_KEY = "validation_adapter_path", "validation_adapter_config"
 LAYOUTS: Final = '{"soft": "soft.safetensors", "hard": {"path": "owner/name:hard.safetensors", "strength": 0.7}}'
 REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+")
 SPARE: Final = 6 * 2**30
 """Bytes that stay free on a device for activations and decoders; adapters that leave less stay in host memory and travel layer by layer."""
-
-
-@dataclass(frozen=True)
-class AdapterUse:
-    """An adapter as the user names it: a file, a folder, or `repository:file` of the hub."""
-
-    path: str
-    strength: float = 1.0
-    key: str = PATH_KEY
-    place: Path | None = field(default=None, compare=False)
-    """Where it lies on this disk, once that is known: no sample asks the hub."""
-
-
-@dataclass(frozen=True)
-class AdapterRun:
-    """Adapters that are used together, under a name for files."""
-
-    name: str
-    uses: tuple[AdapterUse, ...]
 
 
 # --- what is asked for -------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from tuner.interfaces.memory import Placement
 from tuner.model.adapters import adapted_layers, add_adapters, load_adapter_state
 from tuner.model.runner import BlockRunner
 from tuner.plugins.registry import Registry
-from tuner.train.plan import ModelPlan, plan_model
+from tuner.train.plan import ModelPlan
+from tuner.train.planning import plan_model
 from tuner.train.samples.adapters import locate_adapter
 from tuner.train.samples.validate import adjustments, check_target, default_device, planned_request, write_sample
 from tuner.train.saving.adapter_files import check_adapter, read_adapter

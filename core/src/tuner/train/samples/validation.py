@@ -27,9 +27,10 @@ from tuner.train.plan import Plan
 from tuner.train.run import RunFolder
 from tuner.train.samples.adapters import beside
 from tuner.train.samples.heldout import SEED, HeldOutLosses, held_out_losses
-from tuner.train.samples.plan import SampleJob, describe_losses, family_encoders
+from tuner.train.samples.plan import describe_losses, family_encoders
 from tuner.train.samples.prompts import OWN
 from tuner.train.samples.validate import write_sample
+from tuner.train.samples.wanted import SampleJob
 
 FAILURES: tuple[type[Exception], ...] = (
     TunerError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, OSError, MemoryError,

@@ -10,7 +10,7 @@ from tuner.config.resolve import Settings
 from tuner.config.settings import ModelSettings
 from tuner.errors import ConfigError
 from tuner.plugins.registry import Registry
-from tuner.train.plan import plan_model
+from tuner.train.planning import plan_model
 from tuner.train.saving.adapter_files import check_adapter, find_adapter, formats, read_adapter
 
 
