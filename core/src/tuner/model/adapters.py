@@ -83,8 +83,9 @@ def add_adapters(model: nn.Module, targets: Sequence[str], settings: AdapterSett
         raise ConfigError("no layer to adapt", where=TARGETS_KEY)
     model.requires_grad_(False)
     config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=adapter_alpha(settings), lora_dropout=settings.lora_dropout, target_modules=list(targets)
-    )
+        r=settings.lora_rank, lora_alpha=adapter_alpha(settings), lora_dropout=settings.lora_dropout, target_modules=list(targets),
+        init_lora_weights=False,  # all are drawn below
+    )  # fmt: skip
     # Asked before peft's own dispatchers, which would take a layer by the library that its weight belongs to.
     config._register_custom_module({nn.Linear: LoraLinear})
     # peft reads `target_modules` as name endings, so "proj" would adapt "audio.proj" too; names of a state dict it takes as they are,
