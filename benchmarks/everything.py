@@ -67,7 +67,8 @@ def tasks(size: str, scratch: Path) -> list[Task]:
     memory = ["memory.py", *steps, *([] if quick else ["--no-plain"])]
     compiled = [*step, "--no-peer", "--cuda_graphs", "--dynamo_mode", "default"]
     clips = ["--clips", "1"] if quick else []
-    tests = ["tests/cuda", "tests/offload/test_cuda_link.py", "tests/offload/test_leaf_gpu.py"]
+    modules = ("core/test_fused", "core/test_fp8", "offload/test_cuda_link", "offload/test_leaf_gpu")
+    tests = ["tests/cuda", *(f"tests/{name}.py" for name in modules)]
     every = [
         Task("tests", ["-m", "pytest", *tests, "-v", "--tb=short", "-p", "no:cacheprovider"], 200, ("pytest", "av"), own=False),
         Task("memory-head", [*memory, "--rows", "head"], 210),

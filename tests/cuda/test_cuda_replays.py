@@ -12,6 +12,7 @@ from integration.gpu_runs import (
     CREPA,
     CUT,
     DEVICE,
+    FP8,
     GROUPS,
     HAS_GPU,
     INSIDE,
@@ -41,6 +42,7 @@ CASES: Mapping[str, Keys] = {
     "every other block recomputed": {"gradient_checkpointing_interval": 2},
     "kept by budget": {"gradient_checkpointing": "auto"},
     "int8": INT8,
+    "products in 8 bits": FP8,
     "adamw_bf16": {"optimizer": "adamw_bf16"},
     "TREAD": TREAD,
     "CREPA": CREPA,
@@ -67,6 +69,8 @@ STREAMED: Mapping[str, tuple[Keys, Keys]] = {
     "swapped with TREAD and CREPA": (SWAP, {**TREAD, **CUT}),
     "layers": (RAMTORCH, {}),
     "layers in 8 bits": (RAMTORCH, INT8),
+    "groups, products in 8 bits": (GROUPS, FP8),
+    "layers, products in 8 bits": (RAMTORCH, FP8),
     "layers with TREAD": (RAMTORCH, TREAD),
 }
 TOLERANCE = 0.03

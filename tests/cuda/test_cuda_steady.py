@@ -16,6 +16,7 @@ import torch
 from integration.gpu_runs import (
     CUT,
     DEVICE,
+    FP8,
     GROUPS,
     HAS_GPU,
     INSIDE,
@@ -41,6 +42,7 @@ STEADY: Mapping[str, Keys] = {
     "plain": {},
     "TREAD and CREPA": {**TREAD, **CUT},
     "int8": INT8,
+    "products in 8 bits": FP8,
     "groups": GROUPS,
     "groups with TREAD and CREPA": {**GROUPS, **TREAD, **CUT},
     "swapped in 8 bits": {**SWAP, **INT8},

@@ -45,8 +45,7 @@ def command(config: Path | None, online: bool, as_json: bool) -> int:
 
 def checks(config: Path | None, online: bool) -> list:  # type: ignore[type-arg]
     """All of them, in the order in which one thing needs the other."""
-    from tuner.doctor import machine as machine
-    from tuner.doctor import software as software
+    from tuner.doctor import machine, software
     from tuner.doctor.findings import Check, problem_of
 
     registry = load_plugins()
