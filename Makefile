@@ -35,8 +35,8 @@ install: .venv/development
 
 # Development tools stand in pyproject.toml only; the extras of core are needed by tests of what uses them.
 .venv/development: .venv/runtime
-	$(BIN)/pip install --quiet -e 'core[torchao,quanto]' \
-		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"])')
+	$(BIN)/pip install --quiet -e 'core[torchao,quanto]' -r \
+		<($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")')
 	@touch $@
 
 demo: .venv/runtime
