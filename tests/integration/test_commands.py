@@ -103,6 +103,10 @@ def test_export_and_sample_say_where_they_wrote(project: Project, capsys: Captur
     shown = capsys.readouterr()
     assert shown.out.strip() == "new/clip.mp4" and "70x64 -> 64x64" in shown.err
     assert (probe(Path("new/clip.mp4")).width, probe(Path("new/clip.mp4")).has_audio) == (64, True)
+    for place in ("out", "out/lora.safetensors", "out/checkpoint-1"):  # the run knows its model
+        assert project.tuner("sample", "--prompt", "a pattern", *small, "--lora", place, "--no-sound", "-o", "known.mp4") == 0
+    assert project.tuner("sample", "--prompt", "a pattern", *small, "--lora", "deep/er/mine.safetensors", "-o", "never.mp4") == 2
+    assert "no model family was chosen" in capsys.readouterr().err
     assert project.tuner(*sample, "--lora", "out", "--no-sound", "-o", "silent.mp4") == 0, "its layers for sound are left out"
     assert not probe(Path("silent.mp4")).has_audio
 

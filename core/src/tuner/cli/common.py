@@ -35,6 +35,8 @@ class ConfiguredCommand:
     """Returns the exit code."""
     extra: Sequence[click.Parameter] = ()
     """Handed to `run` by name; these are no keys."""
+    earlier: Callable[[Mapping[str, Any]], Mapping[str, object]] = lambda arguments: {}
+    """From the arguments of `extra`: keys of a run that the command is about, which file, environment and flags override."""
 
     def made(self) -> click.Command:
         """With the flags of the plugins of this moment."""
@@ -47,7 +49,7 @@ class ConfiguredCommand:
             explicit = Path(arguments["config"]) if arguments["config"] else None
             settings = resolve(
                 registry.option_types, config_file=find_config(explicit, Path.cwd()), flags=flags, environ=os.environ,
-                hint=registry.hint(),
+                hint=registry.hint(), earlier=self.earlier(arguments),
             )  # fmt: skip
             return self.run(registry, settings, arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import click
 
 from tuner.cli.common import ConfiguredCommand
 from tuner.config.resolve import Settings
+from tuner.config.settings import ModelSettings
 from tuner.plugins.registry import Registry
+from tuner.watch.folder import CONFIG
 
 
 def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) -> int:
@@ -24,10 +27,23 @@ def run(registry: Registry, settings: Settings, arguments: Mapping[str, Any]) ->
     return 0
 
 
+def model_of_run(arguments: Mapping[str, Any]) -> Mapping[str, object]:
+    """The model keys that were set for the run in whose folder the adapter or the weights lie; empty where they lie elsewhere."""
+    given = Path(arguments["weights"] or arguments["lora"] or "")
+    places = (given, *given.parents[:2]) if given.name and given.exists() else ()
+    file = next((folder / CONFIG for folder in places if (folder / CONFIG).is_file()), None)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+    except (OSError, ValueError):
+        return {}
+    entries = {key: content.get(key) for key in ModelSettings.model_fields}
+    return {key: entry["value"] for key, entry in entries.items() if isinstance(entry, dict) and entry.get("origin") != "default"}
+
+
 command = ConfiguredCommand(
     "sample",
     "Generate a clip from a prompt, with an adapter or fully trained weights if they are named. Size, length, steps, guidance and "
-    "seed come from the validation_* keys.",
+    "seed come from the validation_* keys. The model is that of the run in whose folder they lie, unless keys say otherwise.",
     run,
     [
         click.Option(["--prompt"], default="", help="What to generate; validation_prompt when empty."),
@@ -41,4 +57,5 @@ command = ConfiguredCommand(
         click.Option(["--output", "-o"], default="sample.mp4", show_default=True, metavar="FILE", help="The mp4 to write."),
         click.Option(["--no-sound", "no_sound"], is_flag=True, help="Generate the picture only."),
     ],
+    model_of_run,
 )

@@ -36,7 +36,7 @@ class Given:
     key: Key
     value: object
     origin: str
-    """file, environment or flag."""
+    """run, file, environment or flag."""
     place: str
     """For people: the file, the variable or the flag."""
 
@@ -63,7 +63,7 @@ class Settings:
         return getattr(self._models[found.owner], found.name)
 
     def origin(self, key: str) -> str:
-        """`default`, `file`, `environment` or `flag`."""
+        """`default`, `run`, `file`, `environment` or `flag`."""
         return self._origins.get(self._key(key).name, "default")
 
     def explicit(self) -> set[str]:
@@ -97,8 +97,9 @@ def resolve(
     flags: Mapping[str, object] = {},
     environ: Mapping[str, str] = {},
     hint: str = "",
+    earlier: Mapping[str, object] = {},
 ) -> Settings:
-    """Resolves every model in `option_types`.
+    """Resolves every model in `option_types`. `earlier`: what a run was made with, which everything else overrides.
 
     `hint` is added to errors about unknown keys: which plugins did not load. Raises one `ConfigError` with every problem found.
     """
@@ -107,7 +108,8 @@ def resolve(
     notices: list[str] = []
     given: dict[str, Given] = {}
     typed: list[Pair] = [("flag", f"--{name}", name, value) for name, value in flags.items()]
-    pairs = [*_file_pairs(config_file), *_environment_pairs(vocabulary, environ, notices), *typed]
+    before: list[Pair] = [("run", "as the run had it", name, value) for name, value in earlier.items()]
+    pairs = [*before, *_file_pairs(config_file), *_environment_pairs(vocabulary, environ, notices), *typed]
     for item in _recognised(vocabulary, pairs, hint, problems):
         given[item.key.name] = item
     decoded = [_decoded(item, problems) for item in given.values() if not _is_empty(item)]
