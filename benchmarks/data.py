@@ -20,6 +20,7 @@ import torch
 
 from caching import write_clips
 from checkpoint import write_model
+from figures import Figure, write_json
 from start import WORK, configuration, fill_cache
 from step import describe_machine, synchronize
 from tuner.config.resolve import resolve
@@ -101,6 +102,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="of both kinds")
     parser.add_argument("--steps", type=int, default=10, help="in a round")
+    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.size == "real" and device.type == "cpu":
@@ -115,13 +117,16 @@ def main(argv: list[str]) -> int:
         write_clips(clips, arguments.clips, width, height, frames, sound=True)
     keys = configuration(folder, model, arguments.size, {"max_train_steps": 1_000_000}, clips)
     fill_cache(keys)
-    print("\n".join(f"{name}: {value}" for name, value in describe_machine(device).items()))
+    machine = describe_machine(device)
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     loop = make_loop(keys, device)
     print(f"{arguments.clips} clips of {width}x{height}x{frames}, batch 2, {arguments.rounds} rounds of {arguments.steps} steps\n")
     synthetic, cached, waited = measure(loop, arguments.rounds, arguments.steps)
     print("| Data | s/step | s waited for a batch | ratio |\n|---|---|---|---|")
     print(f"| on the device | {synthetic:.4f} | - | 1 |")
     print(f"| cached | {cached:.4f} | {waited:.5f} | {cached / synthetic:.3f} (at most {LIMIT:g}) |")
+    limit = LIMIT if arguments.size == "real" else None
+    write_json(arguments.json, machine, [], [Figure("cached data / data on the device", cached / synthetic, "", most=limit)])
     return 0
 
 

@@ -29,8 +29,8 @@ from figures import Figure, read_figures
 HERE = Path(__file__).resolve().parent
 LEAST = 0.5
 """A program is begun where this share of the time that it is expected to take is left: it leaves the figures that it gets to."""
-ROOM = 30 * 2**30
-"""Bytes that the text encoder's random weights take, with some to spare."""
+ROOM = 48 * 2**30
+"""Bytes that a checkpoint of random weights takes, with some to spare; there is one at a time."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def tasks(size: str, scratch: Path) -> list[Task]:
         Task("accumulation", ["accumulation.py", *steps], 90),
         Task("sample", ["sample.py", *(["--steps", "1"] if quick else []), *clips], 150),
         Task("caching", ["caching.py", *(["--clips", "2"] if quick else [])], 100, ("av",)),
-        Task("text_encoder", ["text_encoder.py", "--folder", str(scratch), "--only", "group"], 120),
+        Task("text_encoder", ["text_encoder.py", "--folder", str(scratch / "text"), "--only", "group"], 120),
+        Task("start", ["start.py", "--folder", str(scratch / "start")], 240, ("av",)),
+        Task("data", ["data.py", "--folder", str(scratch / "start"), *(["--rounds", "1", *steps] if quick else [])], 90, ("av",)),
         Task("deviation", ["benchmarks/deviation.py", "--blocks", "1,2,6,12,24"], 90, own=False),
         Task("step-121f-compiled", [*compiled, "--work", "121f"], 90),
         Task("peers-head", [*step, "--work", "head"], 120),
@@ -183,6 +185,9 @@ def main(argv: list[str]) -> int:
                 print(f"== {task.name}: {left:.0f} s left", flush=True)
                 done.append(carry_out(task, arguments.size, out, left, environment))
                 print(last_lines(out / f"{task.name}.txt", 30), flush=True)
+            if task.name != "start":  # whose weights the next one takes
+                for left_over in Path(scratch).iterdir():
+                    shutil.rmtree(left_over, ignore_errors=True)
             (out / "summary.md").write_text(render(done), encoding="utf-8")
             print(f"-- {done[-1].name}: {done[-1].outcome}, {done[-1].seconds:.0f} s", flush=True)
     print("\n" + render(done))

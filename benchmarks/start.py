@@ -23,6 +23,7 @@ import torch
 
 from caching import write_clips
 from checkpoint import Model, write_model
+from figures import Figure, write_json
 from step import describe_machine
 from tuner.config.resolve import resolve
 from tuner.data.records import RecordPlaces
@@ -133,7 +134,8 @@ def main(argv: list[str]) -> int:
     machine = describe_machine(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print(f"weights: {model.checkpoint.stat().st_size / 1e9:.2f} GB; {CLIPS} clips of {width}x{height}x{frames}, batch 2, LoRA rank 32\n")
-    found = {}
+    found: dict[str, Mapping[str, object]] = {}
+    figures: list[Figure] = []
     for name, more in CASES.items():
         if any(word in name for word in arguments.only.split(",")):
             found[name] = start(folder, {**keys, **more})
@@ -141,8 +143,8 @@ def main(argv: list[str]) -> int:
                 phases = list(found[name]["seconds"])  # type: ignore[call-overload]
                 print(f"| Weights | {' | '.join(phases)} | s in all | load, GB/s |\n|{'---|' * (len(phases) + 3)}", flush=True)
             show(name, found[name])
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": found}, indent=2) + "\n", encoding="utf-8")
+            figures.append(Figure(f"start, {name}", float(str(found[name]["total"])), most=LIMIT if arguments.size == "real" else None))
+            write_json(arguments.json, machine, [], figures, phases=found)
     return 0
 
 

@@ -170,6 +170,8 @@ def main(argv: list[str]) -> int:
     machine = describe_machine(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     rows: list[Row] = []
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         folder, size = Path(scratch), SIZES[arguments.size]
         write_gemma(folder, size)
