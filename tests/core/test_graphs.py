@@ -18,7 +18,7 @@ from tuner.model.runner import BlockRunner
 from tuner.testing.blocks import MixingModel, call_mixing_block
 from tuner.train import execute
 from tuner.train.activations import ActivationBudget, keep_last
-from tuner.train.execute import PLAIN_FIRST, Execution, GraphExecution, PlainExecution
+from tuner.train.execute import GRAPHS_KEPT, PLAIN_FIRST, Execution, GraphExecution, PlainExecution
 from tuner.train.masters import MasterWeights
 from tuner.train.step import StepResult, TrainingModel
 
@@ -63,6 +63,19 @@ def test_replayed_steps_are_the_plain_ones(taped: None, accumulation: int, dtype
         expected, given = plain.step(number, accumulation), replayed.step(number, accumulation)
         assert all(torch.equal(a, b) for a, b in zip(given, expected, strict=True)), f"step {number}"
     assert isinstance(replayed.execution, GraphExecution) and replayed.execution.captured == 1
+
+
+def test_shapes_beyond_the_limit_are_carried_out_plainly_which_is_said(taped: None, caplog: pytest.LogCaptureFixture) -> None:
+    bench, plain = Bench(GraphExecution), Bench(PlainExecution)
+    for share in (1.0, 0.5, 0.25, 0.2, 0.1, 0.05):  # each is captured on its own, like a shape of batch
+        for number in range(PLAIN_FIRST + 2):
+            losses = [one.execution([item(number, 9)], number, share)[0].loss.clone() for one in (bench, plain)]
+            assert torch.equal(*losses)
+            for one in (bench, plain):
+                for parameter in one.masters.optimized():
+                    parameter.grad = None
+    assert bench.execution.captured == GRAPHS_KEPT  # type: ignore[attr-defined]
+    assert caplog.text.count(f"{GRAPHS_KEPT} shapes of batches are replayed as CUDA graphs") == 1
 
 
 def test_a_batch_that_teaches_nothing_is_replayed_like_any_other(taped: None) -> None:

@@ -99,6 +99,7 @@ class GraphExecution(Execution):
         super().__init__(training, masters)
         self._required = required
         self._limit = GRAPHS_KEPT
+        self._said = False
         self.plain = PlainExecution(training, masters)
         self._seen: dict[object, int] = {}
         self._graphs: dict[object, _Graph] = {}
@@ -120,13 +121,22 @@ class GraphExecution(Execution):
         shape = (signature(tuple(items)), share, keys)
         if shape not in self._graphs:
             self._seen[shape] = self._seen.get(shape, 0) + 1
-            if self._seen[shape] <= PLAIN_FIRST or len(self._graphs) >= self._limit:
+            if self._seen[shape] <= PLAIN_FIRST:
+                return self._plainly(items, step, share)
+            if len(self._graphs) >= self._limit:
+                self._say_how_many()
                 return self._plainly(items, step, share)
             captured = self._capture(items, step, share)
             if captured is None:
                 return self.plain(items, step, share)
             self._graphs[shape] = captured
         return self._replay(self._graphs[shape], items, share)
+
+    def _say_how_many(self) -> None:
+        """Once, and only where no failure said more."""
+        if self._limit == GRAPHS_KEPT and not self._said:
+            self._said = True
+            log.warning("%d shapes of batches are replayed as CUDA graphs; those of further shapes are carried out plainly", self._limit)
 
     def _plainly(self, items: Sequence[Item], step: int, share: float) -> list[StepResult]:
         """Once more without the graphs, where it does not fit beside what they hold; then no others are made."""
