@@ -18,7 +18,7 @@ from tuner.config.settings import ModelSettings, OptimizerSettings
 from tuner.interfaces.family import ModelFacts
 from tuner.interfaces.memory import MemoryFacts, MemoryPlan, Quantizer
 from tuner.model.host import free_host_memory
-from tuner.model.quantized import stored_bytes
+from tuner.model.quantized import pieces, stored_bytes
 from tuner.train.forecast.footprint import Footprint, LiveBytes, Work
 from tuner.train.forecast.machine import Machine
 from tuner.train.masters import BUCKET_ELEMENTS
@@ -87,9 +87,12 @@ def probe(quantizer: Quantizer) -> Precision:
     layer.weight.copy_(torch.randn(PROBE, PROBE, generator=torch.Generator().manual_seed(0)))
     before = layer.weight.float()
     quantizer.quantize(layer)
-    identity, live = torch.eye(PROBE, dtype=torch.bfloat16), LiveBytes()
-    with live:
-        after = layer(identity).t().float()
+    identity = torch.eye(PROBE, dtype=torch.bfloat16)
+    after = layer(identity).t().float()
+    if quantizer.compute:  # here it is carried out in other steps than on a card, of which the meta device knows
+        layer, identity = layer.to("meta"), identity.to("meta")
+    with (live := LiveBytes(tensor.untyped_storage() for tensor in (identity, *pieces(layer.weight)))):
+        layer(identity)
     expanding = max(0, live.take_peak() - 2 * identity.numel()) / (2 * before.numel())
     return Precision(quantizer.name, quantizer, float((after - before).norm() / before.norm()), expanding)
 
@@ -210,10 +213,12 @@ def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, m
     """
     dtype, settings = job.model.context.dtype, job.model.settings
     plainly, packed = (sum(linear_bytes(job.facts, quantizer, dtype)) for quantizer in (None, precision.quantizer))
-    expanded = plainly + packed if precision.quantizer else 0
     # A block that is recomputed expands its weights twice on the way back.
     products = 2 if step.backward_work.flops > 1.5 * step.forward_work.flops else 1
-    there, back = step.forward_work + Work(moved=expanded), step.backward_work + Work(moved=products * expanded)
+    expanded, turned = (plainly + packed, 0) if precision.quantizer else (0, 0)
+    if precision.quantizer and precision.quantizer.compute:  # multiplied as they lie, and turned for the gradient
+        expanded, turned = 0, 2 * packed
+    there, back = step.forward_work + Work(moved=expanded), step.backward_work + Work(moved=products * expanded + turned)
     walks = [_computing(work, machine, graphs=job.graphs) * step.blocks for work in (there, back)]
     copies = (plan.forward_bytes / machine.link, (plan.traffic_bytes - plan.forward_bytes) / machine.link)
     took = sum(max(pair) if plan.beside else sum(pair) for pair in zip(walks, copies, strict=True))
