@@ -17,8 +17,7 @@ import torch
 from tuner.cli.main import run
 from tuner.component import Component
 from tuner.config.options import Options
-from tuner.doctor import machine as machine
-from tuner.doctor import software as software
+from tuner.doctor import machine, software
 from tuner.doctor.findings import Check, Row, examine, exit_code
 from tuner.errors import EnvironmentProblem
 from tuner.hookspecs import hookimpl
@@ -215,7 +214,8 @@ class Device:
 )  # fmt: skip
 def test_a_gpu_in_use(device: Device, verdict: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "driver_cards", lambda: [machine.Card("H200", "570.1", 10 * 2**30)])
-    gpu, triton, pinned = machine.device_rows(device, "pip install torch")
+    monkeypatch.setattr(machine, "kernel_row", lambda index, capability: Row("torch", "own kernels", "ok", ""))
+    gpu, triton, *_, pinned = machine.device_rows(device, "pip install torch")
     assert (gpu.name, gpu.verdict) == ("gpu 0", verdict) and words in gpu.found
     assert triton.name == "triton" and pinned.found == "64 MiB cannot be locked: CUDA error: out of memory"
 
@@ -237,6 +237,21 @@ def test_the_drivers_program_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 )  # fmt: skip
 def test_kernels_for_a_gpu(capability: tuple[int, int], architectures: list[str], fits: bool) -> None:
     assert machine.has_kernels(capability, architectures) is fits
+
+
+@pytest.mark.parametrize(("problem", "verdict", "words"), [
+    ("", "ok", "compute what they should"),
+    ("the kernels cannot be built here: OSError: no compiler", "note", "install a C compiler"),
+    ("the kernels compute something else here: norm", "note", "report it"),
+])  # fmt: skip
+def test_our_own_kernels_are_tried(problem: str, verdict: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds")
+    tried: list[str] = []
+    monkeypatch.setattr("tuner.model.kernels.problem_on", lambda module, device: tried.append(module.__name__) or problem)
+    for capability, names in (((8, 6), machine.KERNELS[:2]), ((9, 0), machine.KERNELS)):
+        tried.clear()
+        row = machine.kernel_row(0, capability)
+        assert tuple(tried) == names and row.verdict == verdict and words in row.found + row.remedy
 
 
 def test_a_disk_that_is_full_or_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Special here: what the driver knows is asked of `nvidia-smi`, so that a card whi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ PINNED = 64 * 2**20
 """Bytes that are page-locked for a try."""
 PATIENCE = 10.0
 """Seconds that the hub has to answer."""
+FP8_KERNELS = "tuner.model.fp8_kernels"
+KERNELS = ("tuner.model.fused_kernels", "tuner.builtins.row_scale", FP8_KERNELS)
 BF16 = (8, 0)
 """Compute capability from which on products are computed in bfloat16."""
 DECODERS: Mapping[str, tuple[str, ...]] = {
@@ -147,14 +150,31 @@ def _cuda_rows(torch: Any) -> Iterator[Row]:
     triton = installed_version("triton") or installed_version("pytorch-triton-rocm")
     if triton:
         yield Row("torch", "triton", "ok", triton)
+        properties = torch.cuda.get_device_properties(0)
+        yield kernel_row(0, (properties.major, properties.minor))
     else:
-        yield Row("torch", "triton", "note", "not installed: weights in 8 bits need it on a GPU", "pip install triton")
+        yield Row("torch", "triton", "note", "not installed: steps take longer without its kernels", "pip install triton")
     try:
         torch.empty(PINNED, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         yield Row("host", "page-locked memory", "note", f"{gib(PINNED)} cannot be locked: {reason}", "raise `ulimit -l`; in a container, "
                   "start it with --ulimit memlock=-1")  # fmt: skip
+
+
+def kernel_row(index: int, capability: tuple[int, int]) -> Row:
+    """Whether our own kernels can be built for GPU `index`, and compute what they should there."""
+    import torch
+
+    from tuner.model import fp8, kernels
+
+    device = torch.device("cuda", index)
+    tried = [name for name in KERNELS if capability >= fp8.CAPABILITY or name != FP8_KERNELS]
+    problems = dict.fromkeys(filter(None, (kernels.problem_on(importlib.import_module(name), device) for name in tried)))
+    if not problems:
+        return Row("torch", "own kernels", "ok", "built here, and compute what they should")
+    remedy = "install a C compiler, such as gcc" if any("cannot be built" in problem for problem in problems) else "report it, with the GPU"
+    return Row("torch", "own kernels", "note", f"steps take longer without them: {'; '.join(problems)}", remedy)
 
 
 def gib(size: float) -> str:
