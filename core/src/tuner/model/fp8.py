@@ -46,8 +46,7 @@ class Fp8Linear(QuantizedLinear):
     def product(self, input: Tensor, *prepared: Any) -> Tensor:
         ((rows, row_scale),) = prepared or self.prepare(input)
         values, scale = self.parts(self.weight)
-        found = scaled_product(rows, row_scale, values, scale, input.dtype).view(*input.shape[:-1], self.out_features)
-        return found if self.bias is None else found + self.bias.to(found.dtype)
+        return scaled_product(rows, row_scale, values, scale, input.dtype, self.bias).view(*input.shape[:-1], self.out_features)
 
     def input_gradient(self, gradient: Tensor, into: Tensor | None = None) -> Tensor:
         values, scale = self.parts(self.weight)
@@ -86,14 +85,18 @@ def transposed(values: Tensor) -> Tensor:
     return values.t().contiguous()
 
 
-def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(a · a_scale) (M, K) times (b · b_scale) (N, K) transposed: (M, N) in `dtype`; bfloat16 on a CUDA device."""
+def scaled_product(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """(a · a_scale) (M, K) times (b · b_scale) (N, K) transposed, plus bias (N,): (M, N) in `dtype`; bfloat16 on a CUDA device."""
     if a.is_cuda:
         # Fast accumulation: partial sums are kept to about 14 bits, far below what the rounding of either side leaves.
-        return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), out_dtype=dtype, use_fast_accum=True)
+        given = None if bias is None else bias.to(dtype)
+        return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), bias=given, out_dtype=dtype, use_fast_accum=True)
     if a.is_meta:
         return a.new_empty((len(a), len(b)), dtype=dtype)
-    return (a.float().mm(b.float().t()) * a_scale * b_scale.t()).to(dtype)
+    found = a.float().mm(b.float().t()) * a_scale * b_scale.t()
+    return (found if bias is None else found + bias).to(dtype)
 
 
 def fits(rows: int, columns: int) -> bool:
