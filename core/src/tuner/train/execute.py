@@ -241,7 +241,7 @@ def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
 def leave_pool(device: int, pool: Any) -> None:
     """After a capture that failed. One that cannot even be ended is never ended for torch's allocator (torch 2.11): it would go on taking
     itself for capturing, give no cached memory back when memory is short, and keep that of the pool for good."""
-    with suppress(RuntimeError):  # it was ended
+    with suppress(RuntimeError, AttributeError):  # it was ended; or a torch without these
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
 
