@@ -21,7 +21,7 @@ from figures import Figure, write_json
 from memory import GROUPS, free, link_speed, run
 from plain import WORK
 from product import ProductStep, Setup
-from step import describe_machine
+from step import describe_machine, lacks_gpu
 
 LIMIT = 1.2
 
@@ -58,8 +58,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.size == "real" and device.type == "cpu":
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    if lacks_gpu(arguments.size, device):
         return 3
     machine = describe_machine(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from figures import Figure, write_json
 from plain import default_dtype
-from step import describe_machine, synchronize
+from step import describe_machine, lacks_gpu, synchronize
 from tuner.config.datasets import load_datasets
 from tuner.config.settings import DataSettings
 from tuner.data.decode import decode_frames
@@ -150,8 +150,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.size == "real" and device.type == "cpu":
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    if lacks_gpu(arguments.size, device):
         return 3
     real = arguments.size == "real"
     dtype = torch.bfloat16 if real else torch.float32

@@ -22,7 +22,7 @@ from caching import write_clips
 from checkpoint import write_model
 from figures import Figure, write_json
 from start import WORK, configuration, fill_cache
-from step import describe_machine, synchronize
+from step import describe_machine, lacks_gpu, synchronize
 from tuner.config.resolve import resolve
 from tuner.config.settings import DataSettings, TrainSettings
 from tuner.data.dataset import TrainingSet
@@ -105,8 +105,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.size == "real" and device.type == "cpu":
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    if lacks_gpu(arguments.size, device):
         return 3
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)

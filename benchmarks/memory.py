@@ -24,7 +24,7 @@ import torch
 from figures import Figure, write_json
 from plain import WORK, Shape
 from product import ProductStep, Setup
-from step import GIB, WARM_UP, describe_machine, synchronize
+from step import GIB, WARM_UP, describe_machine, lacks_gpu, synchronize
 from tuner.train.execute import GraphExecution, PlainExecution
 
 GROUPS = {"enable_group_offload": "true", "group_offload_use_stream": "true"}
@@ -258,8 +258,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.size == "real" and device.type == "cpu":
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    if lacks_gpu(arguments.size, device):
         return 3
     machine, speed = describe_machine(device), link_speed(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))

@@ -3,8 +3,8 @@
     python benchmarks/operations.py
 
 LTX-2 2.0 at its real width, rank 32, 832x480x17, batch 2, activations kept and recomputed. Counted is what one block adds to a step,
-forward and backward, with tuner's products of adapted layers and with peft's, over the same model and runner. Attention is counted as the
-separate steps that it has on this device.
+forward and backward: of diffusers' model with peft's adapters, of tuner's step with peft's products of adapted layers, and of tuner's own.
+Attention is counted as the separate steps that it has on this device.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plain import REAL, WORK, Shape, default_dtype
+from plain import RANK, REAL, WORK, PlainStep, Shape, default_dtype
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.config.settings import AdapterSettings
-from tuner.interfaces.family import Batch, BuildContext, Noise, Sample, StreamBatch, StreamNoise
+from tuner.interfaces.family import BuildContext, ClipShape
 from tuner.model.adapters import add_adapters
 from tuner.model.low_rank import LoraLinear
 from tuner.model.runner import BlockRunner, Checkpointing
@@ -33,6 +35,8 @@ from tuner.train.step import TrainingModel, train_step
 from tuner_ltxvideo2.family import LTX2Family
 from tuner_ltxvideo2.options import LTX2Options
 
+Step = Callable[[int, bool, Shape], Callable[[], object]]
+STREAMS = ("video", "audio")
 META = torch.device("meta")
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 
@@ -64,45 +68,43 @@ class Count(TorchDispatchMode):
         return products, self.names.total() - products, written / 1e9, (self.bytes.total() - written) / 1e9
 
 
-def step_of(layers: int, recomputed: bool, shape: Shape) -> Callable[[], None]:
-    """Forward and backward of a model with so many blocks."""
-    from diffusers import LTX2VideoTransformer3DModel
-
+def product(layers: int, recomputed: bool, shape: Shape) -> Callable[[], object]:
+    """Forward and backward of tuner's step over so many blocks."""
     with META, default_dtype(torch.bfloat16):
         model: Any = LTX2VideoTransformer3DModel(**{**REAL, "num_layers": layers})
     family = LTX2Family(LTX2Options(), BuildContext(META, torch.bfloat16, 0, 0, Path()))
-    targets = [name for name in family.adapter_targets(model, ("video", "audio")) if ".attn" in name or "_attn" in name]
-    add_adapters(model, targets, AdapterSettings(lora_rank=32, lora_alpha=32), 0)
+    targets = [name for name in family.adapter_targets(model, STREAMS) if ".attn" in name or "_attn" in name]
+    add_adapters(model, targets, AdapterSettings(lora_rank=RANK, lora_alpha=RANK), 0)
     blocks = family.block_set(model.train())
     runner = BlockRunner(blocks, family.call_block, checkpointing=Checkpointing.every(layers) if recomputed else Checkpointing())
-    training = TrainingModel(family, model, runner, [FlowMatchingLoss(name) for name in ("video", "audio")])
-    batch, noise = data(shape, int(model.config.caption_channels))
+    training = TrainingModel(family, model, runner, [FlowMatchingLoss(name) for name in STREAMS])
+    clip = ClipShape(shape.width, shape.height, shape.frames, shape.frame_rate, shape.frames / shape.frame_rate)
+    batch, noise = family.dummy_batch(model, clip, shape.batch, STREAMS, META)
 
     def step() -> None:
-        train_step(training, batch, noise).loss.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
+        train_step(training, batch, noise).loss.backward()  # type: ignore[no-untyped-call]
 
     return step
 
 
-def data(shape: Shape, text_width: int) -> tuple[Batch, Noise]:
-    """Of the right shapes."""
-    counts = {"video": shape.video_tokens, "audio": shape.audio_tokens}
-    grids = {"video": shape.grid, "audio": (shape.audio_tokens, 1, 1)}
-    latents = {name: torch.empty(shape.batch, counts[name], 128, device=META) for name in counts}
-    streams = {name: StreamBatch(latents[name], grids[name]) for name in counts}
-    text = {name: torch.empty(shape.batch, shape.text_tokens, text_width, dtype=torch.bfloat16, device=META) for name in counts}
-    rates = (shape.frame_rate,) * shape.batch
-    samples = tuple(Sample(str(i), "", i, 0, rates[i], shape.frames, shape.height, shape.width, {}) for i in range(shape.batch))
-    sigma = torch.empty(shape.batch, device=META)
-    return Batch(samples, streams, text, rates), Noise({n: StreamNoise(sigma, t, t, t) for n, t in latents.items()})
+def peer(layers: int, recomputed: bool, shape: Shape) -> Callable[[], object]:
+    """The same of the peer's; its clipping and optimizer are not counted."""
+    with mock.patch.dict(REAL, num_layers=layers):
+        plain = PlainStep(shape, recomputed, META, "real", "bf16")
+
+    def step() -> None:
+        plain.model.zero_grad()
+        plain.differentiate()
+
+    return step
 
 
-def block_alone(recomputed: bool, shape: Shape) -> tuple[int, int, float, float]:
+def block_alone(make: Step, recomputed: bool, shape: Shape) -> tuple[int, int, float, float]:
     """What one block adds to a step."""
     rows = []
     for layers in (1, 2):
-        step = step_of(layers, recomputed, shape)
+        step = make(layers, recomputed, shape)
         step()  # tables
         with Count() as counted:
             step()
@@ -114,21 +116,15 @@ def main() -> int:
     """Prints the table."""
     shape = WORK["real"]["head"]
     print(f"torch {torch.__version__}, counted on the meta device; one block of LTX-2 2.0, rank 32, 832x480x17, batch 2\n")
-    print("| Adapted layers | activations | products | other operations | GB written by products | GB written by others |")
+    print("| Step | activations | products | other operations | GB written by products | GB written by others |")
     print("|---|---|---|---|---|---|")
-    for name, peft in (("peft's", True), ("tuner's", False)):
+    ways = (("diffusers + peft", peer, True), ("tuner, adapted layers as peft's", product, False), ("tuner", product, True))
+    for name, make, own in ways:
         for recomputed in (False, True):
-            row = measured(peft, recomputed, shape)
-            print(f"| {name} | {'recomputed' if recomputed else 'kept'} | {row[0]} | {row[1]} | {row[2]:.2f} | {row[3]:.2f} |")
+            with nullcontext() if own else mock.patch.object(LoraLinear, "is_plain", lambda *_: False):
+                row = block_alone(make, recomputed, shape)
+            print(f"| {name} | {'recomputed' if recomputed else 'kept'} | {row[0]} | {row[1]} | {row[2]:.2f} | {row[3]:.2f} |", flush=True)
     return 0
-
-
-def measured(peft: bool, recomputed: bool, shape: Shape) -> tuple[int, int, float, float]:
-    """With peft's own layers, or as it is."""
-    if not peft:
-        return block_alone(recomputed, shape)
-    with mock.patch.object(LoraLinear, "is_plain", lambda *_: False):
-        return block_alone(recomputed, shape)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,15 @@ class PlainStep:
         self.audio_text = torch.randn(text, device=device, dtype=torch.bfloat16)
 
     def __call__(self) -> Tensor:
-        """Forward, backward, clip, step. Loss: mean squared error of both velocities, in fp32."""
+        """Forward, backward, clip, step."""
+        loss = self.differentiate()
+        nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def differentiate(self) -> Tensor:
+        """Forward and backward. Loss: mean squared error of both velocities, in fp32."""
         video_sigma, audio_sigma = torch.rand(2, self.shape.batch, device=self.device)
         noisy_video, video_target = diffuse(self.video, video_sigma)
         noisy_audio, audio_target = diffuse(self.audio, audio_sigma)
@@ -135,9 +143,6 @@ class PlainStep:
             )
         loss = nn.functional.mse_loss(video.float(), video_target) + nn.functional.mse_loss(audio.float(), audio_target)
         loss.backward()  # type: ignore[no-untyped-call]  # torch.Tensor.backward has no annotations
-        nn.utils.clip_grad_norm_(self.trainable, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
 

@@ -26,7 +26,7 @@ from figures import Figure, write_json
 from memory import free, run
 from plain import WORK, Shape, Size
 from product import ProductStep, Setup
-from step import describe_machine
+from step import describe_machine, lacks_gpu
 from tuner.train.execute import GraphExecution, PlainExecution
 from tuner.train.forecast.footprint import LiveBytes
 
@@ -164,8 +164,7 @@ def main(argv: list[str]) -> int:
     """Measures, prints, and writes the JSON file."""
     arguments = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.size == "real" and device.type == "cpu":
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    if lacks_gpu(arguments.size, device):
         return 3
     shape, machine = WORK[arguments.size][arguments.work], describe_machine(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))

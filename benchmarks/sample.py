@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from figures import Figure, write_json
 from plain import REAL, Size
 from product import build_model
-from step import GIB, describe_machine, synchronize
+from step import GIB, describe_machine, lacks_gpu, synchronize
 from tuner.interfaces.family import Batch, BuildContext, Generated, Noise, Prediction, SampleRequest, Variant
 from tuner.model.placing import RunMemory
 from tuner.model.runner import BlockRunner
@@ -186,8 +186,7 @@ def main(argv: list[str]) -> int:
     """Measures both, prints, and writes the JSON file."""
     arguments = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.size == "real" and device.type == "cpu":
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    if lacks_gpu(arguments.size, device):
         return 3
     machine, dtype = describe_machine(device), torch.bfloat16 if device.type == "cuda" else torch.float32
     width, height, frames = (768, 512, 49) if arguments.size == "real" else (96, 64, 9)

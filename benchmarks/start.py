@@ -24,7 +24,7 @@ import torch
 from caching import write_clips
 from checkpoint import Model, write_model
 from figures import Figure, write_json
-from step import describe_machine
+from step import describe_machine, lacks_gpu
 from tuner.config.resolve import resolve
 from tuner.data.records import RecordPlaces
 from tuner.interfaces.encoders import LatentEncoder, Record
@@ -119,8 +119,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.size == "real" and device.type == "cpu":
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    if lacks_gpu(arguments.size, device):
         return 3
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -105,6 +105,14 @@ def product_row(shape: Shape, arguments: argparse.Namespace, device: torch.devic
     return measure_and_free(name, made, device, arguments.steps)
 
 
+def lacks_gpu(size: str, device: torch.device) -> bool:
+    """Whether real size is asked for on a CPU, which is said."""
+    lacking = size == "real" and device.type == "cpu"
+    if lacking:
+        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    return lacking
+
+
 def describe_machine(device: torch.device) -> dict[str, str]:
     """What a figure must be read with."""
     facts = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "python": platform.python_version()}
@@ -159,8 +167,7 @@ def main(argv: list[str]) -> int:
     """Measures, prints, and writes the JSON file."""
     arguments = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.size == "real" and device.type == "cpu":
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    if lacks_gpu(arguments.size, device):
         return 3
     shape = WORK[arguments.size][arguments.work]
     machine = describe_machine(device)

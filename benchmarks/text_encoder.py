@@ -28,7 +28,7 @@ from transformers import Gemma3TextConfig
 from figures import Figure, write_json
 from plain import default_dtype
 from product import open_memory
-from step import GIB, describe_machine, synchronize
+from step import GIB, describe_machine, lacks_gpu, synchronize
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import TensorHeader, WeightSource
 from tuner_ltxvideo2.gemma import empty_gemma
@@ -164,8 +164,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.size == "real" and device.type == "cpu":
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
+    if lacks_gpu(arguments.size, device):
         return 3
     machine = describe_machine(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
