@@ -107,6 +107,8 @@ def test_export_and_sample_say_where_they_wrote(project: Project, capsys: Captur
         assert project.tuner("sample", "--prompt", "a pattern", *small, "--lora", place, "--no-sound", "-o", "known.mp4") == 0
     assert project.tuner("sample", "--prompt", "a pattern", *small, "--lora", "deep/er/mine.safetensors", "-o", "never.mp4") == 2
     assert "no model family was chosen" in capsys.readouterr().err
+    assert project.tuner("sample", "--prompt", "a pattern", "--lora", "otu") == 2
+    assert "--lora: there is no such file or folder (got 'otu')" in capsys.readouterr().err
     assert project.tuner(*sample, "--lora", "out", "--no-sound", "-o", "silent.mp4") == 0, "its layers for sound are left out"
     assert not probe(Path("silent.mp4")).has_audio
 

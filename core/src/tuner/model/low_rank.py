@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tuner.errors import ConfigError
-from tuner.model.quantized import QuantizedLinear
+from tuner.model.quantized import QuantizedLinear, added_product
 
 ADAPTER = "default"
 """peft's name for the one adapter that is trained."""
@@ -178,4 +178,4 @@ def _input_gradient(layer: nn.Linear | FrozenLayer, gradient: Tensor, into: Tens
     """As `FrozenLayer.input_gradient`, of a plain layer too."""
     if isinstance(layer, FrozenLayer):
         return layer.input_gradient(gradient, into)
-    return gradient.mm(layer.weight) if into is None else into.addmm_(gradient, layer.weight)
+    return added_product(gradient, layer.weight, into)

@@ -47,8 +47,7 @@ class QuantizedLinear(nn.Linear):
 
     def input_gradient(self, gradient: Tensor, into: Tensor | None = None) -> Tensor:
         """gradient (M, N) -> gradient · W, (M, K), a new tensor; or added to `into`, which is returned."""
-        weight = self.dense(gradient.dtype)
-        return gradient.mm(weight) if into is None else into.addmm_(gradient, weight)
+        return added_product(gradient, self.dense(gradient.dtype), into)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as a new plain (N, K) tensor."""
@@ -87,6 +86,11 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(layer.bias.dtype)
         return to_input, to_bias, None
+
+
+def added_product(gradient: Tensor, weight: Tensor, into: Tensor | None) -> Tensor:
+    """gradient (M, N) · weight (N, K): a new tensor; or added to `into` (M, K), which is returned."""
+    return gradient.mm(weight) if into is None else into.addmm_(gradient, weight)
 
 
 def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tuner.model.quantized import QuantizedLinear
+from tuner.model.quantized import QuantizedLinear, added_product
 from tuner_offload.layer_ring import LayerRing
 
 
@@ -94,7 +94,7 @@ class StreamedLinear(StreamedLayer):
             if is_traceable_wrapper_subclass(self.weight):
                 found = _by_autograd(self, gradient, torch.Size((len(gradient), self.in_features)))
                 return found if into is None else into.add_(found)
-            return gradient.mm(self.weight) if into is None else into.addmm_(gradient, self.weight)
+            return added_product(gradient, self.weight, into)
 
 
 def _to_input(layer: StreamedLayer, gradient: Tensor, shape: torch.Size) -> Tensor:

@@ -70,6 +70,8 @@ def generate(
     """One clip of what the validation keys describe. Raises `ConfigError`, `CheckpointError`, `DataError` for a file that is given."""
     if no_sound and given.sound is not None:
         raise ConfigError("a sound is given, and none is wanted", where="--no-sound, --sound", value=str(given.sound))
+    if trained.lora:  # a mistyped place is told before anything that the run there would have answered
+        locate_adapter(trained.lora, "--lora", preview=True)
     plan = plan_model(registry, settings, default_device())
     if trained.weights is not None and "transformer" in plan.memory.quantizers:
         raise ConfigError(
