@@ -4,7 +4,8 @@
     python benchmarks/everything.py --size tiny --out figures       # the same on a CPU, to see that all of it runs
 
 First the tests that need a GPU, then the programs, those first whose figures matter most. Each is a process of its own with a time of its
-own; what no longer fits into the budget is skipped, which is said. `--out` gets each one's text and JSON as it comes, and summary.md
+own; those of this folder are forked from one that has imported what they need, where the device allows that. What no longer fits into the
+budget is skipped, which is said. `--out` gets each one's text and JSON as it comes, and summary.md
 with every figure beside its limit, written anew after each program. The exit code is 1 where a program failed or, at real size, a
 limit was missed.
 """
@@ -12,7 +13,9 @@ limit was missed.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -20,9 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from figures import Figure, read_figures
 
@@ -45,7 +51,9 @@ class Task:
     needs: Sequence[str] = ()
     """Modules without which it cannot run."""
     own: bool = True
-    """Whether it is a program of this folder, which takes --size and --json."""
+    """Whether it is a program of this folder, which takes --json."""
+    sized: bool = True
+    """Whether that takes --size."""
 
 
 @dataclass
@@ -65,37 +73,37 @@ def tasks(size: str, scratch: Path) -> list[Task]:
     steps = ["--steps", "1"] if quick else []
     step = ["step.py", *steps]
     memory = ["memory.py", *steps, *([] if quick else ["--no-plain"])]
-    compiled = [*step, "--no-peer", "--cuda_graphs", "--dynamo_mode", "default"]
     clips = ["--clips", "1"] if quick else []
     modules = ("core/test_fused", "core/test_fp8", "offload/test_cuda_link", "offload/test_leaf_gpu")
     tests = ["tests/cuda", *(f"tests/{name}.py" for name in modules)]
+    shallow = ["--blocks", "1", "--small"] if quick else []
     every = [
-        Task("tests", ["-m", "pytest", *tests, "-v", "--tb=short", "-p", "no:cacheprovider"], 200, ("pytest", "av"), own=False),
-        Task("memory-head", [*memory, "--rows", "head"], 210),
-        Task("step-graph", [*step, "--no-peer", "--cuda_graphs"], 40),
-        Task("step-graph-kept", [*step, "--no-peer", "--cuda_graphs", "--no-checkpointing"], 40),
-        Task("step-fp8", [*step, "--no-peer", "--cuda_graphs", "--fp8"], 45),
-        Task("step-compiled", compiled, 80),
-        Task("step-compiled-kept", [*compiled, "--no-checkpointing"], 80),
-        Task("step-compiled-video", [*compiled, "--video_only"], 70),
-        Task("step-compiled-fp8", [*compiled, "--fp8"], 90),
-        Task("regularizers", ["regularizers.py", *steps, "--cuda_graphs", "on"], 120),
-        Task("memory-121f", [*memory, "--rows", "121f"], 150),
-        Task("memory-video", [*memory, "--rows", "video"], 60),
-        Task("accumulation", ["accumulation.py", *steps], 90),
-        Task("sample", ["sample.py", *(["--steps", "1"] if quick else []), *clips], 150),
-        Task("caching", ["caching.py", *(["--clips", "2"] if quick else [])], 100, ("av",)),
-        Task("text_encoder", ["text_encoder.py", "--folder", str(scratch / "text"), "--only", "group"], 120),
+        Task("tests", ["-m", "pytest", *tests, "-v", "--tb=short", "-p", "no:cacheprovider"], 300, ("pytest", "av"), own=False),
+        Task("table", ["table.py", *steps, "--only", "bf16"], 90),
+        Task("table-fp8", ["table.py", *steps, "--only", "fp8"], 80),
+        Task("gradients", ["gradients.py", "--no-compiled", *shallow], 120, sized=False),
+        Task("memory", [*memory, "--rows", "head,121f"], 240),
+        Task("memory-video", [*memory, "--rows", "video"], 50),
+        Task("regularizers", ["regularizers.py", *steps, "--cuda_graphs", "on"], 100),
         Task("start", ["start.py", "--folder", str(scratch / "start")], 240, ("av",)),
         Task("data", ["data.py", "--folder", str(scratch / "start"), *(["--rounds", "1", *steps] if quick else [])], 90, ("av",)),
-        Task("deviation", ["benchmarks/deviation.py", "--blocks", "1,2,6,12,24"], 90, own=False),
-        Task("step-121f-compiled", [*compiled, "--work", "121f"], 90),
-        Task("peers-head", [*step, "--work", "head"], 120),
-        Task("peers-kept", [*step, "--work", "head", "--no-checkpointing"], 100),
-        Task("peers-121f", [*step, "--work", "121f"], 120),
+        Task("accumulation", ["accumulation.py", *steps], 80),
+        Task("sample", ["sample.py", *(["--steps", "1"] if quick else []), *clips], 120),
+        Task("caching", ["caching.py", *(["--clips", "2"] if quick else [])], 80, ("av",)),
+        Task("profile", [*step, "--no-peer", "--cuda_graphs", "--profile"], 60),
+        Task("profile-kept", [*step, "--no-peer", "--cuda_graphs", "--profile", "--no-checkpointing"], 60),
+        Task("profile-fp8", [*step, "--no-peer", "--cuda_graphs", "--profile", "--no-checkpointing", "--fp8"], 60),
+        Task("compiled", [*step, "--no-peer", "--cuda_graphs", "--profile", "--no-checkpointing", "--dynamo_mode", "default"], 160),
+        Task("gradients-compiled", ["gradients.py", *shallow], 400, sized=False),
+        Task("text_encoder", ["text_encoder.py", "--folder", str(scratch / "text"), "--only", "group"], 120),
+        Task("deviation", ["benchmarks/deviation.py", "--blocks", "2,6,24,48"], 100, own=False),
+        Task("peers-head", [*step, "--work", "head"], 100),
+        Task("peers-kept", [*step, "--work", "head", "--no-checkpointing"], 80),
+        Task("peers-121f", [*step, "--work", "121f"], 100),
         Task("memory-plain", ["memory.py", *steps, "--rows", "head"], 240),
     ]
-    return [task for task in every if not (quick and task.name in ("memory-plain", "peers-121f", "step-121f-compiled", "deviation"))]
+    slow = ("memory-plain", "peers-121f", "deviation", "gradients-compiled", "compiled")
+    return [task for task in every if not (quick and task.name in slow)]
 
 
 def missing(task: Task) -> list[str]:
@@ -103,25 +111,97 @@ def missing(task: Task) -> list[str]:
     return [name for name in task.needs if importlib.util.find_spec(name) is None]
 
 
-def carry_out(task: Task, size: str, out: Path, left: float, environment: Mapping[str, str]) -> Done:
+class Forked:
+    """A program of this folder in a copy of this process, which has imported everything already."""
+
+    def __init__(self, command: Sequence[str], text: IO[bytes], environment: Mapping[str, str]) -> None:
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.setsid()
+                for number in (1, 2):
+                    os.dup2(text.fileno(), number)
+                os.chdir(HERE.parent)
+                os.environ.update(environment)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                sys.argv = list(command)
+                code = int(importlib.import_module(Path(command[0]).stem).main(list(command[1:])))
+            except SystemExit as error:
+                code = int(error.code or 0) if isinstance(error.code, int | None) else 1
+            except BaseException:  # as an interpreter would
+                traceback.print_exc()
+            finally:
+                with suppress(OSError):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code)
+        self.code: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has one."""
+        if self.code is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if ended else None
+        return self.code
+
+    def wait(self, timeout: float = math.inf) -> int:
+        """Its exit code. Raises `TimeoutExpired`."""
+        ends = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > ends:
+                raise subprocess.TimeoutExpired("fork", timeout)
+            time.sleep(0.1)
+        return code
+
+
+def imported() -> bool:
+    """Imports what the programs need; whether they can be forked then: not where an import has touched the device."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # torch then tells without touching it whether there is one
+    for name in ("memory", "regularizers", "sample", "start", "data", "gradients", "table"):
+        with suppress(ImportError):  # av may be missing
+            importlib.import_module(name)
+    import torch
+
+    if torch.cuda.is_initialized():
+        return False
+    trial = os.fork()
+    if trial == 0:
+        code = 1
+        with suppress(BaseException):
+            torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+            code = 0
+        os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(trial, 0)[1]) == 0
+
+
+def carry_out(task: Task, size: str, out: Path, left: float, environment: Mapping[str, str], *, fork: bool) -> Done:
     """Runs it for at most `left` seconds, its text on the screen and in a file; ends what it started with it."""
     json_file = out / f"{task.name}.json"
     json_file.unlink(missing_ok=True)
-    own = [str(HERE / task.command[0]), *task.command[1:], "--size", size, "--json", str(json_file)] if task.own else list(task.command)
+    given = ["--size", size] if task.sized else []
+    own = [str(HERE / task.command[0]), *task.command[1:], *given, "--json", str(json_file)] if task.own else list(task.command)
     limit = min(left, 2.0 * task.expected + 60)
     began = time.monotonic()
     outcome = ""
     with (out / f"{task.name}.txt").open("wb") as text:
-        process = subprocess.Popen(
-            [sys.executable, *own], stdout=text, stderr=subprocess.STDOUT, cwd=HERE.parent, env=dict(environment), start_new_session=True
-        )
+        process: Forked | subprocess.Popen[bytes]
+        if fork and task.own:
+            process = Forked(own, text, environment)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, *own], stdout=text, stderr=subprocess.STDOUT, cwd=HERE.parent, env=dict(environment),
+                start_new_session=True,
+            )  # fmt: skip
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             outcome, code = f"stopped after {limit:.0f} s", -1
         finally:
             if process.poll() is None or outcome:
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     found = read_figures(json_file)
     # A program may also say by its exit code that a limit was missed.
@@ -173,6 +253,8 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as compiled, tempfile.TemporaryDirectory(dir=shared_memory if roomy else None) as scratch:
         # What one program compiles the next one finds.
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": compiled, "PYTHONUNBUFFERED": "1"}
+        os.environ.update(environment)
+        fork = imported()
         for task in tasks(arguments.size, Path(scratch)):
             if not wanted(task.name, arguments.only, arguments.skip):
                 continue
@@ -183,7 +265,7 @@ def main(argv: list[str]) -> int:
                 done.append(Done(task.name, f"skipped: {left:.0f} s are left, it takes about {task.expected}"))
             else:
                 print(f"== {task.name}: {left:.0f} s left", flush=True)
-                done.append(carry_out(task, arguments.size, out, left, environment))
+                done.append(carry_out(task, arguments.size, out, left, environment, fork=fork))
                 print(last_lines(out / f"{task.name}.txt", 30), flush=True)
             if task.name != "start":  # whose weights the next one takes
                 for left_over in Path(scratch).iterdir():

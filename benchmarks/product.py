@@ -6,7 +6,9 @@ Nothing here is special to the benchmark but the weights and the data: adapters,
 
 from __future__ import annotations
 
+import functools
 import gc
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,26 +65,33 @@ class Setup:
     """Memory, precision and regularizer keys, such as {"musubi_blocks_to_swap": "47"}."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """What regularizers find in `Batch.extras`; with them one batch is prepared at a time."""
+    layers: int = 0
+    """Blocks of the transformer; 0: all."""
+    dtype: torch.dtype = torch.bfloat16
+    """Of computation."""
+    trained: bool = False
+    """Whether adapters begin as if they had been trained: B is random and not zero, under which A would have no gradient."""
 
 
 class ProductStep:
     """Model, optimizer and one batch."""
 
     def __init__(self, shape: Shape, setup: Setup, device: torch.device, size: Size) -> None:
-        torch.manual_seed(0)
         self.device = device
         self.setup = setup
         self.streams = ("video",) if setup.video_only else ("video", "audio")
-        context = BuildContext(device, torch.bfloat16, 0, 0, Path())
+        context = BuildContext(device, setup.dtype, 0, 0, Path())
         self.family = LTX2Family(LTX2Options(), context)
-        config = REAL if size == "real" else TINY
+        config = dict(REAL if size == "real" else TINY) | ({"num_layers": setup.layers} if setup.layers else {})
         self.placement = open_memory(setup.keys, device).open("transformer", int(str(config.get("num_layers", 48))), device)
-        model = build_model(config, self.streams, self.placement, device)
+        model = build_model(config, self.streams, self.placement, device, setup.dtype)
         targets = [name for name in self.family.adapter_targets(model, self.streams) if ".attn" in name or "_attn" in name]
         add_adapters(model, targets, AdapterSettings(lora_rank=RANK, lora_alpha=RANK), 0)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(device)
+        if setup.trained:
+            train_somewhat(model)
         blocks = self.family.block_set(model)
         self.session = self.placement.attach(blocks)
         policy = Checkpointing.every(len(blocks)) if setup.checkpointing else Checkpointing()
@@ -131,29 +140,42 @@ class ProductStep:
     def _batch(self, shape: Shape, text_width: int) -> Batch:
         counts = {"video": shape.video_tokens, "audio": shape.audio_tokens}
         grids = {"video": shape.grid, "audio": (shape.audio_tokens, 1, 1)}
-        streams = {name: StreamBatch(torch.randn(shape.batch, counts[name], 128), grids[name]) for name in self.streams}
-        text = {name: torch.randn(shape.batch, shape.text_tokens, text_width, dtype=torch.bfloat16) for name in self.streams}
+        draws = {name: torch.Generator().manual_seed(seed) for seed, name in enumerate(counts)}
+        streams = {
+            name: StreamBatch(torch.randn(shape.batch, counts[name], 128, generator=draws[name]), grids[name]) for name in self.streams
+        }
+        width = (shape.batch, shape.text_tokens, text_width)
+        text = {name: torch.randn(width, generator=draws[name]).to(self.setup.dtype) for name in self.streams}
         samples = tuple(
             Sample(str(i), "random", i, 0, shape.frame_rate, shape.frames, shape.height, shape.width, {}) for i in range(shape.batch)
         )
         return Batch(samples, streams, text, (shape.frame_rate,) * shape.batch, self.setup.extras)
 
-    def __call__(self) -> Tensor:
-        """What `tuner.train.loop` does in a step: draws, forward, backward, clip, optimizer, publish."""
+    def differentiate(self) -> Tensor:
+        """Draws, forward and backward; gradients are left in `masters`. The loss of the last batch."""
         items = [Item(self.batch, self.draw()) for _ in range(self.setup.batches)]
         for group in [items] if self.setup.together else [[item] for item in items]:
             for regularizer in self.regularizers:
                 regularizer.begin_step(self.steps, group[0].batch, group[0].noise, torch.Generator().manual_seed(self.steps))
             result = self.execution(group, self.steps, 1 / len(items))[-1]
+        return result.loss.detach().clone()
+
+    def __call__(self) -> Tensor:
+        """What `tuner.train.loop` does in a step: draws, forward, backward, clip, optimizer, publish."""
+        loss = self.differentiate()
         self.masters.clip_(1.0)
         self.optimizer.step()
         self.masters.publish()
-        for parameter in self.masters.optimized():
-            parameter.grad = None
+        self.forget()
         for regularizer in self.regularizers:
             regularizer.after_step(self.steps)
         self.steps += 1
-        return result.loss.detach().clone()
+        return loss
+
+    def forget(self) -> None:
+        """Frees the gradients."""
+        for parameter in self.masters.optimized():
+            parameter.grad = None
 
 
 def open_memory(keys: Mapping[str, str], device: torch.device) -> RunMemory:
@@ -197,36 +219,63 @@ def trained_along(regularizers: Sequence[Regularizer], device: torch.device) -> 
     return {f"{name}.{inner}": p for name, module in found.items() for inner, p in module.named_parameters()}
 
 
-def build_model(config: Mapping[str, object], streams: Sequence[str], placement: Placement, device: torch.device) -> Any:
-    """The transformer with random weights, made as a loader makes it: block by block through `placement`."""
+def build_model(
+    config: Mapping[str, object], streams: Sequence[str], placement: Placement, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """The transformer with random weights, made as a loader makes it: block by block through `placement`.
+
+    A weight is the same bfloat16 numbers wherever it is drawn, and whatever else the model has.
+    """
     from diffusers import LTX2VideoTransformer3DModel
 
     with torch.device("meta"), default_dtype(torch.bfloat16):
-        model = LTX2VideoTransformer3DModel(**config)
+        model: Any = LTX2VideoTransformer3DModel(**config)
     drop_unused(model, streams)
-    blocks = list(model.transformer_blocks)
-    inside = {id(module) for block in blocks for module in block.modules()}
-    for module in model.modules():
+    names = {id(block): index for index, block in enumerate(model.transformer_blocks)}
+    inside = {id(module) for block in model.transformer_blocks for module in block.modules()}
+    for name, module in model.named_modules():
         if id(module) not in inside:
-            fill(module, device)
-    for index, block in enumerate(blocks):
-        for module in block.modules():
-            fill(module, placement.reading)
+            fill(name, module, device, dtype)
+    for block in model.transformer_blocks:
+        index = names[id(block)]
+        for name, module in block.named_modules(prefix=f"transformer_blocks.{index}"):
+            fill(name, module, placement.reading, dtype)
         placement.received(index, block.requires_grad_(False))
     model.requires_grad_(False)
     return model
 
 
-def fill(module: nn.Module, device: torch.device) -> None:
-    """Gives the module's own meta parameters small random values on `device`."""
+DRAWN = 1 << 20
+
+
+def fill(prefix: str, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives the module's own meta parameters small random values on `device`, which their full names decide."""
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.is_meta:
-            # On a host, drawing 19 B normal numbers would take minutes; repeating a short draw does not change what is measured.
-            drawn = torch.randn(min(parameter.numel(), 1 << 20), dtype=torch.bfloat16, device=device).mul_(0.02)
-            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-            for piece in value.view(-1).split(drawn.numel()):
+            # To draw 19 B normal numbers would take minutes. A piece of a short draw, from another place on for each, repeated:
+            # that does not change what is measured.
+            start = zlib.crc32(f"{prefix}.{name}".encode()) % DRAWN
+            drawn = drawn_on(device)[start : start + DRAWN]
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            for piece in value.view(-1).split(DRAWN):
                 piece.copy_(drawn[: piece.numel()])
             setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+@functools.cache
+def drawn_on(device: torch.device) -> Tensor:
+    """Normal numbers, twice one after the other."""
+    drawn = torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    return drawn.repeat(2).to(device)
+
+
+@torch.no_grad()
+def train_somewhat(model: nn.Module) -> None:
+    """Random values for all B, which their names decide."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            draws = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.02)
 
 
 def product_step_factory(shape: Shape, setup: Setup, device: torch.device, size: Size) -> tuple[StepFunction, Callable[[], None]]:

@@ -26,9 +26,9 @@ from figures import Figure, write_json
 from memory import free, run
 from plain import WORK, Shape, Size
 from product import ProductStep, Setup
+from profiling import operations
 from step import describe_machine, lacks_gpu
 from tuner.train.execute import GraphExecution, PlainExecution
-from tuner.train.forecast.footprint import LiveBytes
 
 LEAST_SPEED = 1.6
 """How many times as fast a step with TREAD must be."""
@@ -73,15 +73,6 @@ def crepa_keys(folder: Path, blocks: int) -> dict[str, str]:
 def features(shape: Shape, device: torch.device) -> dict[str, Tensor]:
     """(B, F, h, w, E) float16, on the grid of the tokens, as they are cached."""
     return {"crepa.features": torch.randn(shape.batch, *shape.grid, WIDTH, dtype=torch.float16, device=device)}
-
-
-def operations(step: ProductStep) -> int:
-    """Of the products and attentions of one step, forward and backward; recomputed ones are counted as often as they are made."""
-    step.execution = PlainExecution(step.run, step.masters)
-    with LiveBytes() as counter:
-        step()
-    counted: int = counter.flops
-    return counted
 
 
 def measure(arguments: argparse.Namespace, device: torch.device, folder: Path, seen: Callable[[list[Timed]], None]) -> list[Timed]:

@@ -17,15 +17,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from figures import Figure, write_json
 from plain import WORK, LoraDtype, Shape, StepFunction, plain_step_factory
+
+if TYPE_CHECKING:
+    from product import ProductStep
 
 WARM_UP = 5
 """Enough for a graph to be captured."""
@@ -46,6 +50,8 @@ class Row:
     """None on the CPU, where it is not measured."""
     loss: float
     """Of the last step: shows that the numbers stayed finite."""
+    operations: int = 0
+    """Of its products and attentions; 0: not counted."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -93,16 +99,36 @@ def peer_rows(shape: Shape, arguments: argparse.Namespace, device: torch.device)
 
 def product_row(shape: Shape, arguments: argparse.Namespace, device: torch.device) -> Row:
     """tuner's own step."""
-    from product import Setup, product_step_factory  # tuner is not needed to time the peer alone
+    from product import ProductStep, Setup, product_step_factory  # tuner is not needed to time the peer alone
 
     keys = {"base_model_compute": "fp8"} if arguments.fp8 else {}
     graphs = arguments.cuda_graphs and device.type == "cuda"
     setup = Setup(arguments.checkpointing, arguments.video_only, graphs, dynamo_mode=arguments.dynamo_mode, keys=keys)
-    made = product_step_factory(shape, setup, device, arguments.size)
     name = "tuner" + ", video only" * arguments.video_only + ", CUDA graph" * arguments.cuda_graphs
     name += ", fp8 products" * arguments.fp8
     name += f", compiled ({arguments.dynamo_mode})" if arguments.dynamo_mode else ""
-    return measure_and_free(name, made, device, arguments.steps)
+    if arguments.profile:
+        return profiled(name, ProductStep(shape, setup, device, arguments.size), device, arguments.steps)
+    return measure_and_free(name, product_step_factory(shape, setup, device, arguments.size), device, arguments.steps)
+
+
+def profiled(name: str, step: ProductStep, device: torch.device, steps: int) -> Row:
+    """`measure`, then one more step under the profiler; its kernels and its part of the card's matrix rate are printed."""
+    from profiling import matrix_rate, observe, operations, render
+
+    way = step.execution
+    counted = operations(step)
+    step.execution = way
+    row = replace(measure(name, step, device, steps), operations=counted)
+    print(f"{name}: {counted / 1e12:.1f}e12 operations in products and attentions", flush=True)
+    if device.type == "cuda":
+        print(render(observe(step)))
+        rate, eight_bits = matrix_rate(device), matrix_rate(device, eight_bits=True)
+        share = counted / row.seconds / rate
+        print(f"\n{counted / row.seconds / 1e12:.0f}e12 operations a second, {share:.1%} of the {rate / 1e12:.0f}e12 that "
+              f"a large bf16 product has here (in 8 bits: {eight_bits / 1e12:.0f}e12)\n", flush=True)
+    step.close()
+    return row
 
 
 def lacks_gpu(size: str, device: torch.device) -> bool:
@@ -154,6 +180,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fp8", action="store_true", help="tuner's frozen layers multiply 8-bit floats")
     parser.add_argument("--dynamo_mode", default="", help="tuner compiles the blocks in this mode of torch.compile")
     parser.add_argument("--cuda_graphs", action="store_true", help="tuner replays the step as a CUDA graph")
+    parser.add_argument("--profile", action="store_true", help="tuner's kernels by class, and its part of the card's matrix rate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1:

@@ -112,6 +112,40 @@ def test_nothing_is_kept_for_backward() -> None:
     assert kept == []
 
 
+def refuse(*given: object) -> Tensor:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling something")
+
+
+def test_a_card_that_lacks_a_way_takes_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    (a, a_scale), (b, b_scale) = fp8.rounded_rows(draw(5, IN)), fp8.rounded_rows(draw(OUT, IN, seed=1))
+    bias, tried = draw(OUT, seed=2), []
+
+    def counted(*given: Tensor) -> Tensor:
+        tried.append(1)
+        return refuse(*given)
+
+    monkeypatch.setattr(fp8, "_WAYS", (counted, refuse, fp8._in_16_bits))
+    monkeypatch.setattr(fp8, "_taken", {})
+    wanted = fp8.scaled_product(a, a_scale, b, b_scale, torch.float32, bias)
+    for _ in range(2):
+        torch.testing.assert_close(fp8._on_card(a, a_scale, b, b_scale, torch.float32, bias), wanted)
+    assert tried == [1]
+    monkeypatch.setattr(fp8, "_WAYS", (refuse,))
+    monkeypatch.setattr(fp8, "_taken", {})
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        fp8._on_card(a, a_scale, b, b_scale, torch.float32, bias)
+
+
+def test_other_faults_of_a_product_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(fp8, "_WAYS", (full, fp8._in_16_bits))
+    (a, a_scale), (b, b_scale) = fp8.rounded_rows(draw(5, IN)), fp8.rounded_rows(draw(OUT, IN, seed=1))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fp8._on_card(a, a_scale, b, b_scale, torch.float32, None)
+
+
 class Roundings(TorchDispatchMode):
     """How often something becomes e4m3."""
 

@@ -43,6 +43,19 @@ def test_gradients_of_batches_add_up_in_float32() -> None:
     assert full.grad is None
 
 
+def test_gradients_are_found_by_name() -> None:
+    params = two_parameters()
+    masters = MasterWeights(params, low_precision=False)
+    assert masters.gradients() == {}
+    for parameter in params.values():
+        parameter.grad = torch.arange(parameter.numel(), dtype=parameter.dtype).view(parameter.shape)
+    masters.collect()
+    found = masters.gradients()
+    assert list(found) == ["a.low", "b.full"]
+    for name, parameter in params.items():
+        assert torch.equal(found[name], torch.arange(parameter.numel()).view(parameter.shape).float())
+
+
 def test_publish_rounds_small_updates_into_the_model_once_they_add_up() -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     storage = weight.data_ptr()

@@ -79,8 +79,9 @@ def test_a_replayed_norm_is_the_called_one() -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (16384, 4096), (4096, 16384), (2048, 4096)])
-def test_products_in_8_bits_are_those_of_the_rounded_sides(rows: int, columns: int) -> None:
+@pytest.mark.parametrize("tokens", [17, 150])
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (16384, 4096), (4096, 16384), (2048, 4096), (2048, 8192), (8192, 2048)])
+def test_products_in_8_bits_are_those_of_the_rounded_sides(rows: int, columns: int, tokens: int) -> None:
     holder = nn.ModuleDict({"linear": nn.Linear(columns, rows, device=DEVICE, dtype=torch.bfloat16)}).requires_grad_(False)
     (component,) = (c for c in tuner_register_quantizers() if c.name == "fp8-torchao")
     quantizer = component.load()(Options(), None)  # type: ignore[operator]
@@ -88,7 +89,7 @@ def test_products_in_8_bits_are_those_of_the_rounded_sides(rows: int, columns: i
     quantizer.quantize(holder)
     layer = holder["linear"]
     assert isinstance(layer, fp8.Fp8Linear)
-    x, up = draw(2, 150, columns, seed=8).requires_grad_(), draw(2, 150, rows, seed=9)
+    x, up = draw(2, tokens, columns, seed=8).requires_grad_(), draw(2, tokens, rows, seed=9)
     found = layer(x)
     (gradient,) = torch.autograd.grad(found, x, up)
     stored, scale = layer.parts(layer.weight)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tuner.interfaces.blocks import BlockState, TokenStream
+from tuner.interfaces.blocks import BlockSet, BlockState, TokenStream
 from tuner.interfaces.memory import MemorySession
 from tuner.model.runner import BlockRunner, Checkpointing
-from tuner.testing.blocks import MixingModel
 from tuner_offload.arena import HostArena
 from tuner_offload.disk import DiskStore
 from tuner_offload.streamed import HostStore, StreamedBlocks
@@ -43,7 +42,8 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Residual() for _ in range(BLOCKS))
 
 
-block_set = MixingModel.block_set
+def block_set(model: Stack) -> BlockSet:
+    return BlockSet.of(model, list(model.blocks), {"video": WIDTH})
 
 
 def call(block: nn.Module, state: BlockState) -> BlockState:
@@ -53,7 +53,7 @@ def call(block: nn.Module, state: BlockState) -> BlockState:
 def steps(model: Stack, session: MemorySession, recomputed: Checkpointing, count: int, *, graph: bool = False) -> list[Tensor]:
     """Gradients of each step; from the fourth on replayed, with `graph`."""
     device = torch.device("cuda")
-    runner = BlockRunner(block_set(model), call, checkpointing=recomputed, session=session)  # type: ignore[arg-type]
+    runner = BlockRunner(block_set(model), call, checkpointing=recomputed, session=session)
     hidden = torch.zeros(2, 256, WIDTH, device=device, dtype=torch.bfloat16)
     trained = [block.shift for block in model.blocks]
 
@@ -102,7 +102,7 @@ def made(link: CudaLink | None, open_session: Callable[[CudaLink], MemorySession
     for index, block in enumerate(model.blocks):
         session.receive(index, block, torch.device("cuda"))
         block.shift = nn.Parameter(torch.zeros(WIDTH, device="cuda", dtype=torch.bfloat16))
-    session.attach(block_set(model))  # type: ignore[arg-type]
+    session.attach(block_set(model))
     return model, session
 
 

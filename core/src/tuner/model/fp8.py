@@ -10,14 +10,18 @@ Dimensions: M tokens of all samples, N out, K in.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from tuner.model.kernels import proven
 from tuner.model.quantized import QuantizedLinear
+
+log = logging.getLogger(__name__)
 
 E4M3: Final = torch.float8_e4m3fn
 LARGEST: Final = 448.0
@@ -85,18 +89,75 @@ def transposed(values: Tensor) -> Tensor:
     return values.t().contiguous()
 
 
+@torch.library.custom_op("tuner::scaled_product", mutates_args=())
+def _scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    if not a.is_cuda:
+        found = a.float().mm(b.float().t()) * a_scale * b_scale.t()
+        return (found if bias is None else found + bias).to(dtype)
+    return _on_card(a, a_scale, b, b_scale, dtype, None if bias is None else bias.to(dtype))
+
+
+@_scaled_product.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    return a.new_empty((len(a), len(b)), dtype=dtype)
+
+
+@register_flop_formula(torch.ops.tuner.scaled_product)  # type: ignore[untyped-decorator]
+def _flops(a: torch.Size, a_scale: torch.Size, b: torch.Size, *others: object, **named: object) -> int:
+    return 2 * a[0] * a[1] * b[0]
+
+
 def scaled_product(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
 ) -> Tensor:
     """(a · a_scale) (M, K) times (b · b_scale) (N, K) transposed, plus bias (N,): (M, N) in `dtype`; bfloat16 on a CUDA device."""
-    if a.is_cuda:
-        # Fast accumulation: partial sums are kept to about 14 bits, far below what the rounding of either side leaves.
-        given = None if bias is None else bias.to(dtype)
-        return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), bias=given, out_dtype=dtype, use_fast_accum=True)
-    if a.is_meta:
-        return a.new_empty((len(a), len(b)), dtype=dtype)
-    found = a.float().mm(b.float().t()) * a_scale * b_scale.t()
-    return (found if bias is None else found + bias).to(dtype)
+    found: Tensor = torch.ops.tuner.scaled_product(a, a_scale, b, b_scale, dtype, bias)
+    return found
+
+
+# --- the ways of a CUDA device -----------------------------------------------------------------------------------
+# Fast accumulation: partial sums are kept to about 14 bits, far below what the rounding of either side leaves.
+def _by_row(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    return torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale.t(), bias=bias, out_dtype=dtype, use_fast_accum=True)
+
+
+def _scaled_after(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    one = _ones(1, a.device)
+    found = torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True)
+    return _finish(found, a_scale, b_scale, bias)
+
+
+def _in_16_bits(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    return _finish(a.to(dtype).mm(b.to(dtype).t()), a_scale, b_scale, bias)
+
+
+def _finish(found: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
+    found.mul_(a_scale).mul_(b_scale.t())
+    return found if bias is None else found.add_(bias)
+
+
+_WAYS = (_by_row, _scaled_after, _in_16_bits)
+"""The first one that the card has for the shapes is taken: its library has no product with a scale for each row for some of them (on
+an H200 few rows over a long sum), on some cards for none; and cards before `CAPABILITY` multiply no 8-bit floats at all."""
+_taken: dict[object, int] = {}
+
+
+def _on_card(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    key = a.device, a.shape, b.shape, dtype, bias is not None
+    for number in range(_taken.get(key, 0), len(_WAYS)):
+        try:
+            found = _WAYS[number](a, a_scale, b, b_scale, dtype, bias)
+        except RuntimeError as error:
+            if number + 1 == len(_WAYS) or not any(word in str(error).lower() for word in _LACKING):
+                raise
+            log.info("8-bit product of %s and %s, way %d: %s", tuple(a.shape), tuple(b.shape), number + 1, str(error).splitlines()[0])
+        else:
+            _taken[key] = number
+            return found
+    raise AssertionError("the last way returns or raises")
+
+
+_LACKING = ("not_supported", "not supported", "only supported", "not implemented")
 
 
 def fits(rows: int, columns: int) -> bool:

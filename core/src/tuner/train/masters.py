@@ -38,7 +38,11 @@ class Bucket:
 
     def parts(self) -> dict[str, Tensor]:
         """Name -> master in the member's shape: views."""
-        pieces = torch.split(self.master.detach(), self.sizes)
+        return self.shaped(self.master.detach())
+
+    def shaped(self, flat: Tensor) -> dict[str, Tensor]:
+        """Name -> what `flat` (N,) has for it, in the member's shape: views."""
+        pieces = torch.split(flat, self.sizes)
         return {name: piece.view(m.shape) for name, m, piece in zip(self.names, self.members, pieces, strict=True)}
 
     def collect(self, received: dict[int, Tensor]) -> None:
@@ -152,6 +156,14 @@ class MasterWeights:
         for bucket in self._buckets:
             found |= bucket.parts()
         return {name: found[name] for name in self._names}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of those that have one, by name, in the parameter's shape: views of the live tensors."""
+        found = {name: p.grad for name, p in self._own.items() if p.grad is not None}
+        for bucket in self._buckets:
+            if bucket.master.grad is not None:
+                found |= bucket.shaped(bucket.master.grad)
+        return {name: found[name] for name in self._names if name in found}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:

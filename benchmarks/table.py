@@ -1,0 +1,120 @@
+"""The step under every setting that has a figure to keep: LTX-2 2.0 at real size with random weights, rank 32, replayed as a CUDA graph.
+
+    python benchmarks/table.py                        # one process for all rows; those of 121 frames without recomputation want 100 GB
+    python benchmarks/table.py --only fp8             # rows whose name contains one of these words
+    python benchmarks/table.py --size tiny --steps 1  # the same program on a CPU, to see that it runs; its times mean nothing
+
+head: 832x480x17, batch 2; 121f: 768x512x121, batch 1. A model is built once for all rows that share it. `step.py` measures one row beside
+diffusers + peft, and tells its kernels apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from figures import Figure, write_json
+from plain import WORK
+from product import ProductStep, Setup
+from step import Row, describe_machine, lacks_gpu, measure
+from tuner.model.compiled import CompiledBlocks
+from tuner.model.runner import Checkpointing
+from tuner.train.execute import GraphExecution, PlainExecution
+
+FP8 = {"base_model_compute": "fp8"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row, and the most that it may take."""
+
+    work: str
+    recomputed: bool
+    seconds: float | None
+    gib: float | None
+    video_only: bool = False
+    fp8: bool = False
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        words = [self.work, *["video alone"] * self.video_only, "fp8 products" if self.fp8 else "bf16"]
+        return ", ".join([*words, "recomputed" if self.recomputed else "kept"])
+
+
+CASES = (
+    Case("head", False, 0.36, 68), Case("head", True, 0.50, 42), Case("121f", False, 0.98, 100), Case("121f", True, 1.35, 45),
+    Case("head", False, 0.28, 68, fp8=True), Case("head", True, 0.40, 42, fp8=True), Case("121f", True, None, None, fp8=True),
+    Case("head", False, 0.29, 47, video_only=True), Case("head", True, 0.41, 30, video_only=True),
+    Case("head", False, 0.20, 47, video_only=True, fp8=True), Case("head", True, 0.29, 30, video_only=True, fp8=True),
+)  # fmt: skip
+
+
+def show(case: Case, row: Row) -> None:
+    """One line of the table."""
+
+    def beside(limit: float | None) -> str:
+        return f" (at most {limit:g})" if limit is not None else ""
+
+    peak = "-" if row.peak_gib is None else f"{row.peak_gib:.1f}{beside(case.gib)}"
+    print(f"| {row.name} | {row.seconds:.3f}{beside(case.seconds)} | {row.fastest:.3f} - {row.slowest:.3f} | {peak} |", flush=True)
+
+
+def figures(done: Sequence[tuple[Case, Row]], *, limits: bool) -> list[Figure]:
+    """Seconds and peak of each."""
+    times = [Figure(f"{case.name}, step", row.seconds, most=case.seconds if limits else None) for case, row in done]
+    peaks = [
+        Figure(f"{case.name}, peak", row.peak_gib, "GiB", case.gib if limits else None) for case, row in done if row.peak_gib is not None
+    ]
+    return times + peaks
+
+
+def main(argv: list[str]) -> int:
+    """Measures, prints, and writes the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser.add_argument("--only", default="", help="only rows whose name contains one of these words, separated by commas")
+    parser.add_argument("--dynamo_mode", default="", help="compile the blocks in this mode of torch.compile")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if lacks_gpu(arguments.size, device):
+        return 3
+    machine = describe_machine(device)
+    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    print("\n| Step | s (median) | fastest - slowest | peak GiB |\n|---|---|---|---|", flush=True)
+    done: list[tuple[Case, Row]] = []
+    chosen = [case for case in CASES if any(word in case.name for word in arguments.only.split(","))]
+    for video_only, fp8 in dict.fromkeys((case.video_only, case.fp8) for case in chosen):
+        setup = Setup(video_only=video_only, keys=FP8 if fp8 else {})
+        step = ProductStep(WORK[arguments.size]["head"], setup, device, arguments.size)
+        if arguments.dynamo_mode:
+            step.runner._train_block = CompiledBlocks(step.family.call_block, arguments.dynamo_mode)
+        for case in chosen:
+            if (case.video_only, case.fp8) != (video_only, fp8):
+                continue
+            step.take(WORK[arguments.size][case.work])  # type: ignore[index]
+            count = len(step.runner.blocks)
+            step.runner.checkpointing = Checkpointing.every(count) if case.recomputed else Checkpointing()
+            step.execution = (GraphExecution if device.type == "cuda" else PlainExecution)(step.run, step.masters)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            done.append((case, measure(case.name + ", compiled" * bool(arguments.dynamo_mode), step, device, arguments.steps)))
+            show(*done[-1])
+            found = figures(done, limits=arguments.size == "real")
+            write_json(arguments.json, machine, [row for _, row in done], found, steps=arguments.steps)
+        step.close()
+        del step
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
