@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +61,11 @@ class RandomVae(WeightSource):
     description = "random"
     location = Path()
 
-    def __init__(self, size: str, dtype: torch.dtype) -> None:
+    def __init__(self, size: str, dtype: torch.dtype, device: torch.device) -> None:
         config: dict[str, Mapping[str, object]] = {"vae": {} if size == "real" else _video_arguments(newer=False)}  # of the class: 2.0
         self.variant = Variant("ltxvideo2", "2.0", config)
-        with default_dtype(dtype):
-            self.network = make_part("vae", self.variant)
+        with default_dtype(dtype), device:  # where drawing the first values takes no time
+            self.network = make_part("vae", self.variant).cpu()
         self._state = dict(self.network.state_dict())
 
     def metadata(self) -> Mapping[str, object]:
@@ -105,7 +106,8 @@ def write_clips(folder: Path, count: int, width: int, height: int, frames: int, 
     """Moving patterns, as hard to decode as filmed clips of that size; with `sound` noise beside them."""
     folder.mkdir()
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    for number in range(count):
+
+    def write(number: int) -> None:
         shift = torch.arange(frames)[:, None, None] * (3 + number)
         grey = (torch.sin((x + shift) / (9 + number)) + torch.cos((y - shift) / 13) + 2) * 60
         noise = torch.randint(0, 12, (frames, height, width), generator=torch.Generator().manual_seed(number))
@@ -114,6 +116,9 @@ def write_clips(folder: Path, count: int, width: int, height: int, frames: int, 
         noise_beside = AudioClip(torch.randn(2, samples) / 10, 16000, samples) if sound else None
         write_mp4(folder / f"clip{number:03}.mp4", VideoClip(picture.contiguous(), 25.0), noise_beside)
         (folder / f"clip{number:03}.txt").write_text(f"pattern {number}")
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, range(count)))
 
 
 def plain_loop(manifest: Manifest, source: RandomVae, dtype: torch.dtype, device: torch.device, folder: Path) -> tuple[float, float]:
@@ -168,7 +173,7 @@ def main(argv: list[str]) -> int:
             f'[{{"id": "clips", "instance_data_dir": "{folder / "clips"}", "video": {{"num_frames": {frames}}}}}]'
         )
         manifest = scan(load_datasets(folder / "data.json", None, data, {}), data, LTX2Family.geometry)
-        source = RandomVae(arguments.size, dtype)
+        source = RandomVae(arguments.size, dtype, device)
         rows = {"plain loop over diffusers' VAE": plain_loop(manifest, source, dtype, device, folder)}
         encoder = TimedEncoder(source, source.variant, dtype)
         rows["tuner"] = product(manifest, encoder, device, arguments.batch_size)

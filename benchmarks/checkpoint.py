@@ -59,16 +59,16 @@ def _write_checkpoint(path: Path, blocks: int, *, sparse: bool) -> None:
     config: dict[str, object] = {}
     for part in PARTS:
         given = {**DEFAULTS[part], **({"num_layers": blocks} if blocks and part == "transformer" else {})}
-        model = empty_part(part, Variant("ltxvideo2", "2.0", {part: _arguments(part, given)}))
+        model = empty_part(part, Variant("ltxvideo2", "2.0", {part: arguments_of(part, given)}))
         # Configuration in diffusers' words, which is read as it is.
-        config[part] = {"_class_name": part_class(part, given).__name__, **_arguments(part, given)}
+        config[part] = {"_class_name": part_class(part, given).__name__, **arguments_of(part, given)}
         for name, tensor in model.state_dict().items():
             kind = "F32" if name in ("latents_mean", "latents_std") else "BF16"
             shapes[join_original(part, to_original(part, name))] = kind, tuple(tensor.shape)
     write_tensors(path, shapes, {"model_version": "2.0.0", "config": json.dumps(config)}, sparse=sparse)
 
 
-def _arguments(part: str, given: Mapping[str, object]) -> dict[str, object]:
+def arguments_of(part: str, given: Mapping[str, object]) -> dict[str, object]:
     """`given` and the defaults of diffusers' class."""
     with torch.device("meta"):
         made = part_class(part, given)(**given) if part != "transformer" else None

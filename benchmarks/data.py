@@ -29,6 +29,7 @@ from tuner.data.dataset import TrainingSet
 from tuner.data.prefetch import Prefetcher
 from tuner.plugins.loader import load_plugins
 from tuner.train.assemble import assemble
+from tuner.train.execute import GraphExecution
 from tuner.train.loop import Loop
 from tuner.train.placement import to_device
 from tuner.train.planning import make_plan
@@ -81,14 +82,17 @@ def measure(loop: Loop, rounds: int, steps: int) -> tuple[float, float, float]:
     try:
         step = 0
         for feed in (synthetic, cached):
-            round_of(loop, feed, step, WARM_UP)
+            print(f"to warm up: {round_of(loop, feed, step, WARM_UP):.2f} s/step", flush=True)
             step += WARM_UP
+        if isinstance(loop.assembly.execution, GraphExecution):
+            print(f"shapes replayed as CUDA graphs: {loop.assembly.execution.captured}", flush=True)
         cached.waited = 0.0
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds):
             for found, feed in zip(times, (synthetic, cached), strict=True):
                 found.append(round_of(loop, feed, step, steps))
                 step += steps
+            print(f"a round: {times[0][-1]:.4f} and {times[1][-1]:.4f} s/step", flush=True)
     finally:
         cached.close()
     return statistics.median(times[0]), statistics.median(times[1]), cached.waited / (rounds * steps)
@@ -118,8 +122,10 @@ def main(argv: list[str]) -> int:
     fill_cache(keys)
     machine = describe_machine(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    began = time.perf_counter()
     loop = make_loop(keys, device)
-    print(f"{arguments.clips} clips of {width}x{height}x{frames}, batch 2, {arguments.rounds} rounds of {arguments.steps} steps\n")
+    print(f"made ready in {time.perf_counter() - began:.1f} s")
+    print(f"{arguments.clips} clips of {width}x{height}x{frames}, batch 2, {arguments.rounds} rounds of {arguments.steps} steps\n", flush=True)
     synthetic, cached, waited = measure(loop, arguments.rounds, arguments.steps)
     print("| Data | s/step | s waited for a batch | ratio |\n|---|---|---|---|")
     print(f"| on the device | {synthetic:.4f} | - | 1 |")

@@ -231,13 +231,13 @@ def build_model(
     with torch.device("meta"), default_dtype(torch.bfloat16):
         model: Any = LTX2VideoTransformer3DModel(**config)
     drop_unused(model, streams)
-    names = {id(block): index for index, block in enumerate(model.transformer_blocks)}
+    model.requires_grad_(False)
     inside = {id(module) for block in model.transformer_blocks for module in block.modules()}
     for name, module in model.named_modules():
         if id(module) not in inside:
             fill(name, module, device, dtype)
-    for block in model.transformer_blocks:
-        index = names[id(block)]
+    for index, block in enumerate(model.transformer_blocks):
+        placement.expect(index, block, dtype)
         for name, module in block.named_modules(prefix=f"transformer_blocks.{index}"):
             fill(name, module, placement.reading, dtype)
         placement.received(index, block.requires_grad_(False))
@@ -245,28 +245,29 @@ def build_model(
     return model
 
 
-DRAWN = 1 << 20
+DRAWN, REPEATED = 1 << 20, 32
 
 
+@torch.no_grad()
 def fill(prefix: str, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives the module's own meta parameters small random values on `device`, which their full names decide."""
+    """Gives the module's own parameters small random values, which their full names decide; on `device`, where they have no memory yet."""
     for name, parameter in module.named_parameters(recurse=False):
+        # To draw 19 B normal numbers would take minutes. A piece of a short draw, from another place on for each, repeated:
+        # that does not change what is measured.
+        start = zlib.crc32(f"{prefix}.{name}".encode()) % DRAWN
+        value = torch.empty(parameter.shape, dtype=dtype, device=device) if parameter.is_meta else parameter.detach()
+        drawn = drawn_on(value.device)[start : start + REPEATED * DRAWN]
+        for piece in value.view(-1).split(len(drawn)):
+            piece.copy_(drawn[: piece.numel()])
         if parameter.is_meta:
-            # To draw 19 B normal numbers would take minutes. A piece of a short draw, from another place on for each, repeated:
-            # that does not change what is measured.
-            start = zlib.crc32(f"{prefix}.{name}".encode()) % DRAWN
-            drawn = drawn_on(device)[start : start + DRAWN]
-            value = torch.empty(parameter.shape, dtype=dtype, device=device)
-            for piece in value.view(-1).split(DRAWN):
-                piece.copy_(drawn[: piece.numel()])
             setattr(module, name, nn.Parameter(value, requires_grad=False))
 
 
 @functools.cache
 def drawn_on(device: torch.device) -> Tensor:
-    """Normal numbers, twice one after the other."""
+    """Normal numbers, the same ones several times one after the other."""
     drawn = torch.randn(DRAWN, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    return drawn.repeat(2).to(device)
+    return drawn.repeat(REPEATED + 1).to(device)
 
 
 @torch.no_grad()

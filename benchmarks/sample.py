@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline
 from torch import Tensor, nn
 
+from checkpoint import DEFAULTS, arguments_of
 from figures import Figure, write_json
 from plain import REAL, Size
 from product import build_model
@@ -64,14 +65,15 @@ class Parts:
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        arguments: Mapping[str, Mapping[str, object]] = _arguments("2.0") if size == "tiny" else {}
-        self.variant = Variant("ltxvideo2", "2.0", {name: arguments.get(name, {}) for name in OTHERS})
-        config = dict(arguments["transformer"]) if size == "tiny" else dict(REAL)
+        small: Mapping[str, Mapping[str, object]] = _arguments("2.0") if size == "tiny" else {}
+        arguments = {name: small.get(name) or arguments_of(name, DEFAULTS[name]) for name in OTHERS}
+        self.variant = Variant("ltxvideo2", "2.0", arguments)
+        config = dict(small["transformer"]) if size == "tiny" else dict(REAL)
         placement = RunMemory().open("transformer", int(str(config.get("num_layers", 48))), device)
         self.transformer = build_model(config, STREAMS, placement, device).to(dtype).eval()
-        self.connectors, self.vae, self.audio_vae, self.vocoder = (
-            make_part(name, self.variant).to(dtype).eval().requires_grad_(False) for name in OTHERS
-        )
+        with device:  # where drawing the first values of a billion parameters takes no time
+            made = [make_part(name, self.variant).to(dtype).eval().requires_grad_(False) for name in OTHERS]
+        self.connectors, self.vae, self.audio_vae, self.vocoder = (part.cpu() for part in made)
 
 
 class Held(Networks):
@@ -142,9 +144,9 @@ def peer(parts: Parts, size: Size, device: torch.device) -> tuple[LTX2Pipeline, 
     return pipeline, run
 
 
-def measure(name: str, make: Callable[[], object], device: torch.device, clips: int) -> Row:
-    """Times `clips` clips after one to warm up."""
-    make()
+def measure(name: str, make: Callable[[SampleRequest], object], request: SampleRequest, device: torch.device, clips: int) -> Row:
+    """Times `clips` clips after one of two steps to warm up."""
+    make(replace(request, steps=2))
     before, times = 0, []
     if device.type == "cuda":
         gc.collect()
@@ -154,7 +156,7 @@ def measure(name: str, make: Callable[[], object], device: torch.device, clips: 
     for _ in range(clips):
         synchronize(device)
         started = time.perf_counter()
-        make()
+        make(request)
         synchronize(device)
         times.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -197,9 +199,10 @@ def main(argv: list[str]) -> int:
     parts = Parts(arguments.size, device, dtype)
     channels = int(parts.transformer.config.caption_channels)
     text = {name: torch.randn(1, TEXT_TOKENS[arguments.size], channels, device=device, dtype=dtype) for name in STREAMS}
-    rows = [measure("tuner", lambda: product(parts, request, text, device, dtype), device, arguments.clips)]
+    rows = [measure("tuner", lambda asked: product(parts, asked, text, device, dtype), request, device, arguments.clips)]
+    print(render(rows), flush=True)
     pipeline, run = peer(parts, arguments.size, device)
-    rows.append(measure("diffusers, LTX2Pipeline", lambda: run(request), device, arguments.clips))
+    rows.append(measure("diffusers, LTX2Pipeline", run, request, device, arguments.clips))
     del pipeline
     print(render(rows))
     mine, other = (row.seconds for row in rows)

@@ -151,11 +151,16 @@ class HostArena:
     def __init__(self, size: int, what: str = "weights") -> None:
         _check_host_memory(size, what)
         try:
-            self.buffer = mmap.mmap(-1, max(size, 1))
+            # Shared memory, Python's default, gets no large pages on most systems.
+            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+            self.buffer = mmap.mmap(-1, max(size, 1), **private)
         except OSError as error:
             raise _no_memory(size, what, 0) from error
-        with contextlib.suppress(OSError, AttributeError):  # not every kernel offers large pages; they make touching quicker
-            self.buffer.madvise(mmap.MADV_HUGEPAGE)
+        # Not every kernel offers large pages, which make touching and page-locking quicker. Processes that are forked get nothing of it:
+        # they have no use for it, and page-locked pages must never be copied on writing.
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            with contextlib.suppress(OSError, AttributeError):
+                self.buffer.madvise(getattr(mmap, advice))
         self.memory = torch.frombuffer(self.buffer, dtype=torch.uint8)[:size]
         """Flat uint8; lives as long as any tensor over it."""
         self._registration: Registration | None = None
