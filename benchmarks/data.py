@@ -125,7 +125,8 @@ def main(argv: list[str]) -> int:
     began = time.perf_counter()
     loop = make_loop(keys, device)
     print(f"made ready in {time.perf_counter() - began:.1f} s")
-    print(f"{arguments.clips} clips of {width}x{height}x{frames}, batch 2, {arguments.rounds} rounds of {arguments.steps} steps\n", flush=True)
+    work = f"{arguments.clips} clips of {width}x{height}x{frames}, batch 2"
+    print(f"{work}, {arguments.rounds} rounds of {arguments.steps} steps\n", flush=True)
     synthetic, cached, waited = measure(loop, arguments.rounds, arguments.steps)
     print("| Data | s/step | s waited for a batch | ratio |\n|---|---|---|---|")
     print(f"| on the device | {synthetic:.4f} | - | 1 |")

@@ -22,11 +22,11 @@ from tuner.interfaces.memory import MemoryPlan
 from tuner.model.placing import RunMemory
 from tuner.plugins.loader import load_plugins
 from tuner.testing.blocks import MixingModel, call_mixing_block
-from tuner.train.forecast import costs, footprint
+from tuner.train.forecast import advise, costs, footprint
 from tuner.train.forecast.advise import rank
 from tuner.train.forecast.costs import Job, OptimizerCost
 from tuner.train.forecast.footprint import Footprint, FusedKernels, LiveBytes, Trained, Work
-from tuner.train.forecast.machine import CARDS, GIB, RESERVE, SPARE, Machine, find_machine, measure_speed
+from tuner.train.forecast.machine import ATTENTION, CARDS, GIB, PRODUCTS, RESERVE, SPARE, Machine, find_machine, measure_speed
 from tuner.train.forecast.row import Row
 from tuner.train.plan import ModelPlan
 
@@ -206,22 +206,29 @@ def test_the_peak_is_that_of_the_fullest_moment() -> None:
 
 def test_time_is_that_of_the_slowest_of_what_runs_side_by_side() -> None:
     resident = MemoryPlan(0, 0, 0, 0, 0.0, "")
-    blocks = 10 * (4000 + 8000) / 1e3 + 10 * (100 + 300) / 1e6
-    rest = 1000 / 1e3 + 50 / 1e6
+    rate = 1e3 * PRODUCTS
+    there, back = 10 * 4000 / rate + 10 * 100 / 1e6, 10 * 8000 / rate + 10 * 300 / 1e6
+    rest = 1000 / rate + 50 / 1e6
+    blocks = there + back
     assert costs.seconds(job(), STEP, resident, costs.plain(), MACHINE) == pytest.approx(blocks + rest)
-    # The way back takes 80 s of products, the way there 40: 100 s of copies are longer than either.
+    # The way back takes 90 s of products, the way there 45: 100 s of copies are longer than either.
     streamed = MemoryPlan(0, 0, 0, 1_500_000, 0.0, "", forward_bytes=1_000_000)
-    assert costs.seconds(job(), STEP, streamed, costs.plain(), MACHINE) == pytest.approx(100 + 80.003 + rest)
+    assert costs.seconds(job(), STEP, streamed, costs.plain(), MACHINE) == pytest.approx(100 + back + rest)
     in_line = costs.seconds(job(), STEP, replace(streamed, beside=False), costs.plain(), MACHINE)
     assert in_line == pytest.approx(blocks + 150 + rest)
     # Two batches together are computed in twice the time, and weights are copied once.
     pair = replace(STEP, forward_work=STEP.forward_work * 2, backward_work=STEP.backward_work * 2, other_work=STEP.other_work * 2)
     together = costs.seconds(job(gradient_accumulation_steps=2), pair, streamed, costs.plain(), MACHINE, joint=True)
-    assert together == pytest.approx(100 + 2 * (80.003 + rest))
-    assert costs.seconds(job(gradient_accumulation_steps=2), STEP, streamed, costs.plain(), MACHINE) == pytest.approx(2 * (180.003 + rest))
+    assert together == pytest.approx(100 + 2 * (back + rest))
+    one_by_one = costs.seconds(job(gradient_accumulation_steps=2), STEP, streamed, costs.plain(), MACHINE)
+    assert one_by_one == pytest.approx(2 * (100 + back + rest))
     launching = replace(MACHINE, flops=1e12, launch=1.0)
     assert costs.seconds(job(), STEP, resident, costs.plain(), launching) == pytest.approx(10 * (3 + 5) + 2)
     assert costs.seconds(job(graphs=True), STEP, resident, costs.plain(), launching) < 1
+    # Attention reaches less than products do.
+    attending = replace(STEP, forward_work=Work(4000, 3, 100, 4000))
+    slower = 10 * 4000 / 1e3 * (1 / ATTENTION - 1 / PRODUCTS)
+    assert costs.seconds(job(), attending, resident, costs.plain(), MACHINE) == pytest.approx(blocks + rest + slower)
 
 
 def test_every_second_block_recomputed_lies_between() -> None:
@@ -229,6 +236,21 @@ def test_every_second_block_recomputed_lies_between() -> None:
     half = costs.footprint(every_second, costs.kept_blocks(every_second, "some"))
     assert half.kept == (300 + 3000) // 2 and half.backward_work == STEP.backward_work
     assert costs.current_checkpointing(planned(gradient_checkpointing_interval=2)) == "some"
+
+
+def test_as_many_blocks_are_kept_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all of them do not; the row says so in the words of the configuration."""
+    monkeypatch.setattr(advise, "residencies", lambda job: iter([(None, {})]))
+    monkeypatch.setattr(advise, "worthwhile", lambda model, facts: [costs.plain()])
+    asked = job()
+    none, every = (advise.row(asked, MACHINE, None, {}, costs.plain(), way).needs() for way in ("none", "all"))
+    between = replace(MACHINE, memory=(none + every) // 2)
+    found = [row for row in advise.rows(asked, between) if not row.current]
+    (some,) = [row for row in found if row.checkpointing == "some"]
+    assert 0 < some.kept < 10 and some.fits(between) and some.keys["gradient_checkpointing"] == "auto"
+    assert rank(found, between)[0] is some
+    for memory in (none, every - 1):
+        assert all(row.checkpointing != "some" for row in advise.rows(asked, replace(MACHINE, memory=memory)))
 
 
 def test_what_fits_comes_first_then_what_is_fast_then_what_is_exact() -> None:

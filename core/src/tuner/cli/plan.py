@@ -156,8 +156,9 @@ def _cells(row: Row, job: Job, machine: Machine) -> tuple[str, ...]:
     mark = ("*" if row.current else "") + ("" if row.fits(machine) else "!")
     pairs = ", ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in lines(row, job.model).items())
     precision = f"{row.precision} ({row.error:.1%} off)" if row.error else row.precision
+    recomputed = f"{job.facts.blocks - row.kept} of {job.facts.blocks}" if row.checkpointing == "some" else row.checkpointing
     return (
-        mark, gib(row.needs()), gib(row.pinned), gib(row.host), f"{row.seconds:.2g}", row.residency, precision, row.checkpointing,
+        mark, gib(row.needs()), gib(row.pinned), gib(row.host), f"{row.seconds:.2g}", row.residency, precision, recomputed,
         pairs or "as it is",
     )  # fmt: skip
 
@@ -172,7 +173,7 @@ def _object(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> dic
         "rows": [
             {
                 "fits": row.fits(machine), "current": row.current, "residency": row.residency, "precision": row.precision,
-                "checkpointing": row.checkpointing, "device_bytes": row.needs(), "device_parts": dict(row.parts),
+                "checkpointing": row.checkpointing, "kept_blocks": row.kept, "device_bytes": row.needs(), "device_parts": dict(row.parts),
                 "pinned_bytes": row.pinned, "host_bytes": row.host, "seconds_per_step": row.seconds, "error": row.error,
                 "problem": row.problem, "keys": dict(row.keys), "changes": lines(row, job.model),
             }

@@ -69,16 +69,21 @@ def rank(rows: Sequence[Row], machine: Machine) -> list[Row]:
 
 
 def rows(job: Job, machine: Machine) -> Iterator[Row]:
-    """Every combination worth trying, once; with the current settings if they are none of these."""
+    """Every combination worth trying, once; with the current settings if they are none of these.
+
+    Where a machine takes all blocks recomputed but not all kept, it may take some of them kept.
+    """
     full = job.model.settings.get(ModelSettings).model_type == "full"
     precisions = [costs.plain()] if full else worthwhile(job.model, job.facts)
     held = current_strategy(job.model)
-    found = [
-        row(job, machine, strategy, keys, precision, checkpointing)
-        for strategy, keys in residencies(job)
-        for precision in precisions
-        for checkpointing in ("none", "all")
-    ]
+    found = []
+    for strategy, keys in residencies(job):
+        for precision in precisions:
+            none, every = (row(job, machine, strategy, keys, precision, checkpointing) for checkpointing in ("none", "all"))
+            found += [none, every]
+            if every.fits(machine) and not none.fits(machine) and not none.problem:
+                some = row(job, machine, strategy, keys, precision, "auto")
+                found += [some] if some.kept else []
     marked = [replace(each, current=is_current(job.model, each)) for each in found]
     yield from marked
     if not any(each.current for each in marked):

@@ -8,7 +8,7 @@ memory traffic, launches and copies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from tuner.interfaces.memory import MemoryFacts, MemoryPlan, Quantizer
 from tuner.model.host import free_host_memory
 from tuner.model.quantized import pieces, stored_bytes
 from tuner.train.forecast.footprint import Footprint, LiveBytes, Work
-from tuner.train.forecast.machine import Machine
+from tuner.train.forecast.machine import ATTENTION, EIGHT_BITS, PRODUCTS, START, Machine
 from tuner.train.masters import BUCKET_ELEMENTS
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def footprint(job: Job, kept: int, *, joint: bool = False) -> Footprint:
     if kept == job.facts.blocks or every is None:
         return none
     share = kept / job.facts.blocks
-    pairs = zip(_numbers(none.backward_work), _numbers(every.backward_work), strict=True)
+    pairs = zip(astuple(none.backward_work), astuple(every.backward_work), strict=True)
     back = Work(*(round(share * of_kept + (1 - share) * of_others) for of_kept, of_others in pairs))
     return replace(every, kept=round(share * none.kept + (1 - share) * every.kept), backward_work=back)
 
@@ -153,10 +153,6 @@ def activations(job: Job, *, joint: bool = False) -> int:
     """Bytes that a block holds more when it keeps its activations, of one batch or (`joint`) of all of a step."""
     measured = job.joint if joint else job.footprints
     return max(1, measured[False].kept - measured[True].kept)
-
-
-def _numbers(work: Work) -> tuple[int, int, int]:
-    return work.flops, work.kernels, work.moved
 
 
 # --- bytes and seconds -------------------------------------------------------------------------------------------
@@ -215,17 +211,23 @@ def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, m
     plainly, packed = (sum(linear_bytes(job.facts, quantizer, dtype)) for quantizer in (None, precision.quantizer))
     # A block that is recomputed expands its weights twice on the way back.
     products = 2 if step.backward_work.flops > 1.5 * step.forward_work.flops else 1
-    expanded, turned = (plainly + packed, 0) if precision.quantizer else (0, 0)
-    if precision.quantizer and precision.quantizer.compute:  # multiplied as they lie, and turned for the gradient
-        expanded, turned = 0, 2 * packed
-    there, back = step.forward_work + Work(moved=expanded), step.backward_work + Work(moved=products * expanded + turned)
-    walks = [_computing(work, machine, graphs=job.graphs) * step.blocks for work in (there, back)]
+    there, back = step.forward_work, step.backward_work
+    eight_bits = precision.quantizer is not None and bool(precision.quantizer.compute)
+    if eight_bits:  # multiplied as they lie, and turned for the gradient; what they are multiplied with is rounded first
+        layers = len(job.facts.linear_shapes)
+        there, back = there + Work(kernels=layers), back + Work(kernels=(products + 1) * layers, moved=2 * packed)
+    elif precision.quantizer:
+        expanded = Work(moved=plainly + packed)
+        there, back = there + expanded, back + expanded * products
+    walks = [_computing(work, machine, graphs=job.graphs, eight_bits=eight_bits) * step.blocks for work in (there, back)]
     copies = (plan.forward_bytes / machine.link, (plan.traffic_bytes - plan.forward_bytes) / machine.link)
     took = sum(max(pair) if plan.beside else sum(pair) for pair in zip(walks, copies, strict=True))
     one = took + _computing(step.other_work, machine, graphs=job.graphs)
     return one if joint else one * settings.get(OptimizerSettings).gradient_accumulation_steps
 
 
-def _computing(work: Work, machine: Machine, *, graphs: bool) -> float:
-    there = work.flops / machine.flops + work.moved / machine.bandwidth
-    return there if graphs else max(there, work.kernels * machine.launch)
+def _computing(work: Work, machine: Machine, *, graphs: bool, eight_bits: bool = False) -> float:
+    products = (work.flops - work.attention) / (machine.flops * (EIGHT_BITS if eight_bits else PRODUCTS))
+    there = products + work.attention / (machine.flops * ATTENTION) + work.moved / machine.bandwidth
+    # A graph starts kernels one after the other; called plainly they wait for the processor, or it for them.
+    return there + work.kernels * START if graphs else max(there, work.kernels * machine.launch)

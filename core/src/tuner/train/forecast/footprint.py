@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -47,15 +47,17 @@ class Work:
     """Operations that a device would be given, each of which the processor has to launch."""
     moved: int = 0
     """Bytes that operations other than products read and write."""
+    attention: int = 0
+    """Of `flops`, those of attention."""
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.kernels + other.kernels, self.moved + other.moved)
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: Work) -> Work:
-        return Work(self.flops - other.flops, self.kernels - other.kernels, self.moved - other.moved)
+        return self + other * -1
 
     def __mul__(self, factor: int) -> Work:
-        return Work(self.flops * factor, self.kernels * factor, self.moved * factor)
+        return Work(*(mine * factor for mine in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def _observe(
 ) -> Footprint:
     """A step over `blocks` alone."""
     live, fused = LiveBytes(_storages(model)), FusedKernels()
-    watch = _Watch(live, lambda: Work(live.flops + fused.flops, live.kernels, live.moved))
+    watch = _Watch(live, lambda: Work(live.flops + fused.flops, live.kernels, live.moved, fused.flops))
     policy = Checkpointing.every(len(blocks)) if recomputed else Checkpointing()
 
     def call_block(block: nn.Module, state: BlockState) -> BlockState:
