@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -27,7 +28,7 @@ from tuner.train.forecast.advise import rank
 from tuner.train.forecast.costs import Job, OptimizerCost
 from tuner.train.forecast.footprint import Footprint, FusedKernels, LiveBytes, Trained, Work
 from tuner.train.forecast.machine import ATTENTION, CARDS, GIB, PRODUCTS, RESERVE, SPARE, Machine, find_machine, measure_speed
-from tuner.train.forecast.row import Row
+from tuner.train.forecast.row import Predicted, Row
 from tuner.train.plan import ModelPlan
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -263,6 +264,20 @@ def test_what_fits_comes_first_then_what_is_fast_then_what_is_exact() -> None:
     ranked = rank([impossible, larger, slow, same_but_off, large, moves_more, best], MACHINE)
     assert ranked == [best, moves_more, same_but_off, slow, large, larger, impossible]
     assert best.needs() == int(GIB * (1 + SPARE)) + RESERVE
+
+
+def test_what_other_programs_hold_is_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 GiB, of which a desktop holds 2; this process has reserved 3, and its driver half a GiB."""
+    total, others, own = 24 * GIB, 2 * GIB, 3 * GIB
+    card = SimpleNamespace(name="NVIDIA GeForce RTX 4090", total_memory=total)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - others - own - RESERVE, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: own)
+    found = find_machine(torch.device("cuda", 0), host=64 * GIB)
+    assert (found.memory, found.taken) == (total - others, others) and "RTX 4090" in found.words
+    assert find_machine(torch.device("cuda", 0), 16 * GIB, 64 * GIB).memory == 16 * GIB
+    (notice,) = Predicted(Row("r", "p", "all", {}, total, {}, 0, 0, 1.0, 0.0), found).notices
+    assert "other programs hold 2.0 GiB of it" in notice
 
 
 # --- machines and sizes ----------------------------------------------------------------------------------------------

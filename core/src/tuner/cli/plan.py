@@ -136,8 +136,9 @@ def _text(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> str:
     fitting, impossible = [row for row in ranked if row.fits(machine)], [row for row in ranked if row.problem]
     too_large = len(ranked) - len(fitting) - len(impossible)
     host = f", {gib(machine.host)} of host memory free" if machine.host else ""
+    taken = f" and {gib(machine.taken)} that other programs hold" if machine.taken else ""
     head = [
-        f"machine  {machine.name}, {gib(machine.memory)}{host}; {machine.words}",
+        f"machine  {machine.name}, {gib(machine.memory)}{taken}{host}; {machine.words}",
         f"work     {job.model.family_name} {job.facts.variant.name}, {job.facts.blocks} blocks, batches of {work}",
         f"fits     {len(fitting)} of {len(ranked)} combinations; {too_large} are too large, {len(impossible)} are not possible",
     ]
@@ -168,7 +169,10 @@ def _object(ranked: Sequence[Row], job: Job, machine: Machine, work: str) -> dic
     from tuner.train.forecast.advise import lines
 
     return {
-        "machine": {"name": machine.name, "memory": machine.memory, "host_memory": machine.host, "speed": machine.words},
+        "machine": {
+            "name": machine.name, "memory": machine.memory, "taken_by_others": machine.taken, "host_memory": machine.host,
+            "speed": machine.words,
+        },
         "work": work,
         "rows": [
             {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,7 +60,7 @@ class Machine:
 
     name: str
     memory: int
-    """Of the device, all of it."""
+    """Of the device: all that this process may have."""
     host: int
     """Of the host that is free; 0: not known."""
     flops: float
@@ -73,6 +73,8 @@ class Machine:
     """Where these numbers are from."""
     launch: float = LAUNCH
     """Seconds that the processor takes to start an operation."""
+    taken: int = 0
+    """Of the device's memory, by other programs; not part of `memory`."""
 
     @property
     def room(self) -> int:
@@ -85,13 +87,22 @@ def find_machine(device: torch.device, memory: int = 0, host: int = 0) -> Machin
     host = host or free_host_memory()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return described(str(properties.name), memory or int(properties.total_memory), host, device)
+        taken = 0 if memory else taken_by_others(device)
+        found = described(str(properties.name), (memory or int(properties.total_memory)) - taken, host, device)
+        return replace(found, taken=taken)
     if not memory:
         raise EnvironmentProblem(
             "there is no GPU here whose memory could be planned for", where="gpu_memory", remedy="give a size, such as --gpu_memory 24GiB"
         )
     card = min(CARDS, key=lambda known: abs(known.gib - memory / GIB))
     return _of(card, memory, host, "a GPU", f"assumed as fast as a {card.name}")
+
+
+def taken_by_others(device: torch.device) -> int:
+    """Bytes of a CUDA device's memory that other programs hold, such as a desktop; 0 where it is next to nothing."""
+    free, total = torch.cuda.mem_get_info(device)
+    taken = int(total - free - torch.cuda.memory_reserved(device) - RESERVE)
+    return taken if taken > RESERVE // 4 else 0
 
 
 def described(name: str, memory: int, host: int, device: torch.device) -> Machine:

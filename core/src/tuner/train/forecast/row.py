@@ -65,7 +65,8 @@ class Predicted:
         if self.row.needs() <= self.machine.memory:
             return ()
         over = gib(self.row.needs() - self.machine.memory)
-        return (f"the device's memory is predicted to be {over} too small: {self.describe()}; `tuner plan` shows what fits",)
+        others = f" (other programs hold {gib(self.machine.taken)} of it)" if self.machine.taken else ""
+        return (f"the device's memory is predicted to be {over} too small{others}: {self.describe()}; `tuner plan` shows what fits",)
 
 
 def gib(size: float) -> str:
