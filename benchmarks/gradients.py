@@ -54,17 +54,18 @@ class Way:
     graph: bool
     recomputed: bool
     streamed: bool
+    lanes: int = 1
 
     @property
     def name(self) -> str:
         """In words."""
         words = ["recomputed" if self.recomputed else "kept", "streamed" if self.streamed else "resident"]
-        return ", ".join([*words, *["compiled"] * self.compiled, *["CUDA graph"] * self.graph])
+        return ", ".join([*words, *["compiled"] * self.compiled, *["CUDA graph"] * self.graph, *["two lanes"] * (self.lanes > 1)])
 
     def setup(self, layers: int) -> Setup:
         """For `ProductStep`."""
         mode, keys = "default" if self.compiled else "", GROUPS if self.streamed else {}
-        return Setup(self.recomputed, self.video_only, self.graph, mode, keys=keys, layers=layers, trained=True)
+        return Setup(self.recomputed, self.video_only, self.graph, mode, keys=keys, lanes=self.lanes, layers=layers, trained=True)
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def ways(video_only: bool, device: torch.device, compiled: bool) -> Iterator[Way
     both = (False, True)
     for by_compiler, recomputed, streamed, graph in itertools.product(both[: 1 + compiled], both, both, replayed):
         yield Way(video_only, by_compiler, graph, recomputed, streamed)
+        if graph and not by_compiler and not video_only:
+            yield Way(video_only, by_compiler, graph, recomputed, streamed, lanes=2)
 
 
 class Step(ProductStep):

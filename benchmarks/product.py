@@ -57,6 +57,8 @@ class Setup:
     """Replay forward and backward as a CUDA graph."""
     dynamo_mode: str = ""
     """Compile the blocks in this mode of torch.compile; empty: not."""
+    lanes: int = 1
+    """2: a replayed step does small work beside large work."""
     batches: int = 1
     """Batches of an optimizer step."""
     together: bool = True
@@ -101,6 +103,7 @@ class ProductStep:
             transforms=[t for r in self.regularizers for t in r.transforms()], taps=[t for r in self.regularizers for t in r.taps()],
             train_block=CompiledBlocks(self.family.call_block, setup.dynamo_mode) if setup.dynamo_mode else None,
         )  # fmt: skip
+        self.runner.lanes = setup.lanes > 1
         terms = [*(FlowMatchingLoss(name) for name in self.streams), *(t for r in self.regularizers for t in r.loss_terms())]
         self.run = run = TrainingModel(self.family, model, self.runner, terms, self.regularizers)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | trained_along(self.regularizers, device)

@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", choices=("real", "tiny"), default="real")
     parser.add_argument("--only", default="", help="only rows whose name contains one of these words, separated by commas")
     parser.add_argument("--dynamo_mode", default="", help="compile the blocks in this mode of torch.compile")
+    parser.add_argument("--lanes", type=int, choices=(1, 2), default=1, help="cuda_graph_lanes: small work beside large work")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
@@ -90,10 +91,11 @@ def main(argv: list[str]) -> int:
     machine = describe_machine(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print("\n| Step | s (median) | fastest - slowest | peak GiB |\n|---|---|---|---|", flush=True)
+    more = ", compiled" * bool(arguments.dynamo_mode) + ", two lanes" * (arguments.lanes > 1)
     done: list[tuple[Case, Row]] = []
     chosen = [case for case in CASES if any(word in case.name for word in arguments.only.split(","))]
     for video_only, fp8 in dict.fromkeys((case.video_only, case.fp8) for case in chosen):
-        setup = Setup(video_only=video_only, keys=FP8 if fp8 else {})
+        setup = Setup(video_only=video_only, keys=FP8 if fp8 else {}, lanes=arguments.lanes)
         step = ProductStep(WORK[arguments.size]["head"], setup, device, arguments.size)
         if arguments.dynamo_mode:
             step.runner._train_block = CompiledBlocks(step.family.call_block, arguments.dynamo_mode)
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> int:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            done.append((case, measure(case.name + ", compiled" * bool(arguments.dynamo_mode), step, device, arguments.steps)))
+            done.append((case, measure(case.name + more, step, device, arguments.steps)))
             show(*done[-1])
             found = figures(done, limits=arguments.size == "real")
             write_json(arguments.json, machine, [row for _, row in done], found, steps=arguments.steps)

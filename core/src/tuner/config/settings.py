@@ -69,6 +69,10 @@ class ModelSettings(Options):
         "auto", help="Replay forward and backward of each shape of batch as one CUDA graph: the step no longer waits for the CPU. "
         "`auto`: where nothing speaks against it."
     )
+    cuda_graph_lanes: int = option(
+        1, ge=1, le=2, help="With 2, a replayed step does small work of a block, such as that of the audio stream, beside the large work. "
+        "The numbers are the same."
+    )
     dynamo_mode: Literal["", "no", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
         "", help="Compile the blocks with torch.compile, in this mode; empty, `no` or `off`: not. "
         "CUDA graphs are a matter of `cuda_graphs`."

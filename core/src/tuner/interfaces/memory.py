@@ -67,6 +67,8 @@ class MemorySession:
 
     capturable: bool = True
     """Whether a steady step's events only queue work on the device, in the same order every time: then a CUDA graph may hold them."""
+    inside_blocks: bool = False
+    """Whether weights come and go while a block computes: its work then has to be queued one after the other."""
 
     def expect(self, index: int, block: nn.Module, device: torch.device) -> None:
         """Block `index` is about to be read, unquantized; its weights, of their final dtype, are on the meta device.

@@ -22,6 +22,7 @@ from tuner.interfaces.blocks import BlockSet, BlockState, trainable_parameters
 from tuner.interfaces.family import BlockFunction
 from tuner.interfaces.losses import Tap, TapValue, Transform
 from tuner.interfaces.memory import MemorySession
+from tuner.model.lanes import permitted
 from tuner.model.states import apart, needs_after, state_tensors
 from tuner.model.tape import Node, Pass, Tape, add_up, differentiate, handed_out, rng_state, tap_value, walk_back
 
@@ -82,6 +83,8 @@ class BlockRunner(BlockFunction):
         """Of gradients of several states at once."""
         self.under_way = False
         """Whether a walk forward has begun whose walk back has not ended."""
+        self.lanes = False
+        """Whether blocks of a captured step may put small work beside large work."""
         self._parameters = [trainable_parameters(block) for block in blocks.blocks]
         self._chain = self._build_chain()
         self.draws = any(isinstance(m, nn.Dropout) and m.p > 0 for block in blocks.blocks for m in block.modules())
@@ -102,7 +105,12 @@ class BlockRunner(BlockFunction):
 
     def _block_call(self, index: int) -> Callable[[BlockState], BlockState]:
         block = self.blocks.blocks[index]
-        return lambda state: (self._train_block or self.call_block)(block, state)
+
+        def call(state: BlockState) -> BlockState:
+            with permitted(self.lanes and not self.session.inside_blocks):
+                return (self._train_block or self.call_block)(block, state)
+
+        return call
 
     def run(self, state: BlockState) -> BlockState:
         """The state after the last block; `tapped` holds the taps of this pass. Gradients flow into block parameters."""

@@ -85,6 +85,7 @@ def assemble(plan: Plan, device: torch.device, phases: Phases | None = None) -> 
         taps=[t for r in regularizers for t in r.taps()],
         train_block=compiled(plan),
     )
+    runner.lanes = plan.settings.get(ModelSettings).cuda_graph_lanes > 1
     phases.done("attach")
     terms = [*stream_losses(plan), *plan.loss_terms, *(t for r in regularizers for t in r.loss_terms())]
     own = dict(trained)

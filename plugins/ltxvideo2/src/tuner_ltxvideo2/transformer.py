@@ -13,7 +13,7 @@ t timesteps (1, or 2 where tokens are given clean: its own, then 0), H attention
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tuner.interfaces.blocks import Aligned, BlockState, TokenStream
 from tuner.interfaces.family import Batch, Noise, Prediction, StreamBatch
 from tuner.model.fused import gated, rms_modulated, rms_norm
+from tuner.model.lanes import Lane, lane_for
 from tuner_ltxvideo2.attention import Rotary, attend
 from tuner_ltxvideo2.geometry import Grid
 
@@ -295,19 +296,42 @@ def _both_present(streams: Mapping[str, StreamBatch]) -> Tensor | None:
 
 # --- one block ---------------------------------------------------------------------------------------------------
 def call_block(block: nn.Module, state: BlockState) -> BlockState:
-    """One transformer block over the streams of `state`: self attention, text, the other stream, feed-forward. Pure."""
+    """One transformer block over the streams of `state`: self attention, text, the other stream, feed-forward. Pure.
+
+    Sound has few tokens, so what it does alone may run beside what the picture does alone.
+    """
     sides = [side for side in SIDES if side.name in state.streams]
-    vectors = {side.name: _vectors(side.of(block, "scale_shift_table"), state, side, "modulation") for side in sides}
+    both = len(sides) == len(SIDES)
     hidden = {name: stream.hidden for name, stream in state.streams.items()}
+    lane = lane_for(hidden[VIDEO.name]) if both else Lane()
+    lane.fork(*_read_by(state, AUDIO))
+    vectors = {}
     for side in sides:
-        hidden[side.name] = _attend_self(block, side, state.streams[side.name], hidden[side.name], vectors[side.name])
+        with lane.beside(side is AUDIO):
+            vectors[side.name] = _vectors(side.of(block, "scale_shift_table"), state, side, "modulation")
+            hidden[side.name] = _attend_self(block, side, state.streams[side.name], hidden[side.name], vectors[side.name])
     for side in sides:
-        hidden[side.name] = _attend_text(block, side, state, hidden[side.name], vectors[side.name])
-    if len(sides) == len(SIDES):
+        with lane.beside(side is AUDIO):
+            hidden[side.name] = _attend_text(block, side, state, hidden[side.name], vectors[side.name])
+    if both:
+        lane.join(hidden[AUDIO.name])
         hidden |= _attend_across(block, state, hidden)
+        lane.fork(hidden[AUDIO.name])
     for side in sides:
-        hidden[side.name] = _feed_forward(block, side, state.streams[side.name], hidden[side.name], vectors[side.name])
+        with lane.beside(side is AUDIO):
+            hidden[side.name] = _feed_forward(block, side, state.streams[side.name], hidden[side.name], vectors[side.name])
+    if both:
+        lane.join(hidden[AUDIO.name])
     return state.with_hidden(hidden)
+
+
+def _read_by(state: BlockState, side: Side) -> Iterator[Tensor]:
+    """What a stream's own part of a block reads beside the block's weights."""
+    if side.name in state.streams:
+        stream = state.streams[side.name]
+        yield stream.hidden
+        yield from (aligned.tensor for aligned in stream.aligned.values())
+        yield from (tensor for name, tensor in state.shared.items() if name.startswith(f"{side.name}."))
 
 
 def _vectors(table: Tensor, state: BlockState, side: Side, name: str) -> tuple[Tensor, ...]:

@@ -68,6 +68,8 @@ class _Room:
 class LeafSession(MemorySession):
     """Streams the large linear layers and convolutions of a part through `SLOTS` slots, or one by one in line without `stream`."""
 
+    inside_blocks = True
+
     def __init__(self, link: Link, key: str, *, stream: bool, choose: Choice = every_layer, smallest: int = SMALLEST) -> None:
         """`key`: the option that notices and errors name; `smallest`: bytes from which on a layer is streamed."""
         self.link = link

@@ -32,9 +32,9 @@ from tuner.train.saving.results import write_adapter_files
 
 HARMLESS = frozenset({
     "output_dir", "cache_dir", "data", "data_backend_config", "strict", "dataloader_prefetch", "vae_batch_size",
-    "gradient_checkpointing", "gradient_checkpointing_interval", "cuda_graphs", "checkpoint_step_interval", "checkpoints_total_limit",
-    "resume_from_checkpoint", "report_to", "log_interval", "tracker_project_name", "tracker_run_name", "num_train_epochs",
-    "pretrained_model_name_or_path", "revision", "text_encoder_path",
+    "gradient_checkpointing", "gradient_checkpointing_interval", "cuda_graphs", "cuda_graph_lanes", "checkpoint_step_interval",
+    "checkpoints_total_limit", "resume_from_checkpoint", "report_to", "log_interval", "tracker_project_name", "tracker_run_name",
+    "num_train_epochs", "pretrained_model_name_or_path", "revision", "text_encoder_path",
 })  # fmt: skip
 """Core keys that do not change the numbers of a step, or whose effect is covered by the digests of dataset and model."""
 OPEN_ENDED = frozenset({"constant", "constant_with_warmup"})
