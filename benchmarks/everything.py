@@ -81,6 +81,7 @@ def tasks(size: str, scratch: Path) -> list[Task]:
         Task("tests", ["-m", "pytest", *tests, "-v", "--tb=short", "-p", "no:cacheprovider"], 300, ("pytest", "av"), own=False),
         Task("table", ["table.py", *steps, "--only", "bf16"], 90),
         Task("table-fp8", ["table.py", *steps, "--only", "fp8"], 80),
+        Task("table-lanes", ["table.py", *steps, "--lanes", "2", "--skip", "video alone"], 90),
         Task("gradients", ["gradients.py", "--no-compiled", *shallow], 120, sized=False),
         Task("memory", [*memory, "--rows", "head,121f"], 240),
         Task("memory-video", [*memory, "--rows", "video"], 50),

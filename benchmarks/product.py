@@ -42,7 +42,7 @@ from tuner.train.placement import to_device
 from tuner.train.step import Item, TrainingModel
 from tuner_ltxvideo2.family import LTX2Family
 from tuner_ltxvideo2.options import LTX2Options
-from tuner_ltxvideo2.transformer import drop_unused
+from tuner_ltxvideo2.sides import drop_unused
 
 RANK = 32
 

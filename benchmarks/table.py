@@ -80,6 +80,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("real", "tiny"), default="real")
     parser.add_argument("--only", default="", help="only rows whose name contains one of these words, separated by commas")
+    parser.add_argument("--skip", default="", help="not those whose name contains one of these words")
     parser.add_argument("--dynamo_mode", default="", help="compile the blocks in this mode of torch.compile")
     parser.add_argument("--lanes", type=int, choices=(1, 2), default=1, help="cuda_graph_lanes: small work beside large work")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
@@ -93,7 +94,8 @@ def main(argv: list[str]) -> int:
     print("\n| Step | s (median) | fastest - slowest | peak GiB |\n|---|---|---|---|", flush=True)
     more = ", compiled" * bool(arguments.dynamo_mode) + ", two lanes" * (arguments.lanes > 1)
     done: list[tuple[Case, Row]] = []
-    chosen = [case for case in CASES if any(word in case.name for word in arguments.only.split(","))]
+    wanted, unwanted = arguments.only.split(","), [word for word in arguments.skip.split(",") if word]
+    chosen = [c for c in CASES if any(word in c.name for word in wanted) and not any(word in c.name for word in unwanted)]
     for video_only, fp8 in dict.fromkeys((case.video_only, case.fp8) for case in chosen):
         setup = Setup(video_only=video_only, keys=FP8 if fp8 else {}, lanes=arguments.lanes)
         step = ProductStep(WORK[arguments.size]["head"], setup, device, arguments.size)

@@ -30,7 +30,7 @@ from tuner.train.planning import make_plan
 from tuner_ltxvideo2.family import LTX2Family, block_counts, linear_layers
 from tuner_ltxvideo2.loading import empty_part
 from tuner_ltxvideo2.options import LTX2Options
-from tuner_ltxvideo2.transformer import drop_unused, skip_for
+from tuner_ltxvideo2.sides import drop_unused, skip_for
 
 Capture = pytest.CaptureFixture[str]
 CPU = torch.device("cpu")

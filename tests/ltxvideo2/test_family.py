@@ -27,7 +27,7 @@ from tuner.train.execute import PlainExecution
 from tuner.train.masters import MasterWeights
 from tuner.train.step import Item, TrainingModel
 from tuner_ltxvideo2 import family as families
-from tuner_ltxvideo2 import transformer as forward
+from tuner_ltxvideo2 import sides
 from tuner_ltxvideo2.loading import CombinedFile
 from tuner_ltxvideo2.options import LTX2Options
 
@@ -205,7 +205,7 @@ def test_a_silent_batch_teaches_the_pictures_modules_alone(source20: WeightSourc
     video, audio = PlainExecution(training, masters)([Item(batch, noise)], 0, 1.0)[0].terms
     assert video.reduced().item() > 0 == audio.reduced().item()
     assert audio.counted is not None and audio.counted.tolist() == [False, False]
-    reached = {forward.streams_of(name) for name, parameter in trained.items() if parameter.grad is not None}
+    reached = {sides.streams_of(name) for name, parameter in trained.items() if parameter.grad is not None}
     assert reached == ({frozenset({taught})} if taught else set())
     assert (float(masters.clip_(1.0)) > 0) == bool(taught)
 

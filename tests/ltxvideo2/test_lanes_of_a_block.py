@@ -18,7 +18,10 @@ from tuner.config.settings import AdapterSettings
 from tuner.interfaces.family import BuildContext
 from tuner.model.adapters import add_adapters
 from tuner.model.lanes import Lane
+from tuner_ltxvideo2 import block as block_module
+from tuner_ltxvideo2 import sides
 from tuner_ltxvideo2 import transformer as forward
+from tuner_ltxvideo2.block import call_block
 from tuner_ltxvideo2.family import LTX2Family
 from tuner_ltxvideo2.options import LTX2Options
 
@@ -97,11 +100,11 @@ def test_what_crosses_between_the_lanes_is_named(
     lane = Observed()
     with torch.set_grad_enabled(with_gradients):
         state = forward.enter(model, batch, noise, forward.RotaryTables())
-        block = forward.transformer_blocks(model)[0]
-        expected = forward.call_block(block, state)
-        monkeypatch.setattr(forward, "lane_for", lambda tokens: lane)
+        block = sides.transformer_blocks(model)[0]
+        expected = call_block(block, state)
+        monkeypatch.setattr(block_module, "lane_for", lambda tokens: lane)
         with Watch(lane, places(block)) as watch:
-            found = forward.call_block(block, state)
+            found = call_block(block, state)
     assert lane.asked == ["fork", "join", "fork", "join"]
     assert watch.unnamed == [] and watch.crossed["fork"] > 5 and watch.crossed["join"] >= 1
     for name in ("video", "audio"):
@@ -115,7 +118,7 @@ def places(block: nn.Module) -> set[int]:
 
 def test_one_stream_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     model = transformer("2.0")
-    monkeypatch.setattr(forward, "lane_for", lambda tokens: pytest.fail("one stream needs no second lane"))
+    monkeypatch.setattr(block_module, "lane_for", lambda tokens: pytest.fail("one stream needs no second lane"))
     with torch.no_grad():
         state = forward.enter(model, *batch_and_noise(model, {"video": (0.8, 0.35)}), forward.RotaryTables())
-        forward.call_block(forward.transformer_blocks(model)[0], state)
+        call_block(sides.transformer_blocks(model)[0], state)

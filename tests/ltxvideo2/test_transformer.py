@@ -15,7 +15,9 @@ from ltxvideo2.ltx2_published import modules
 from tuner.interfaces.blocks import BlockState, TokenStream
 from tuner.interfaces.family import Batch, Noise, StreamBatch
 from tuner.model.selection import select
+from tuner_ltxvideo2 import sides
 from tuner_ltxvideo2 import transformer as forward
+from tuner_ltxvideo2.block import call_block
 
 torch.set_num_threads(1)
 S = GRID[0] * GRID[1] * GRID[2]
@@ -26,8 +28,8 @@ CONDITIONED = torch.stack([torch.arange(S) < GRID[1] * GRID[2], torch.zeros(S, d
 
 def predict(model: LTX2VideoTransformer3DModel, batch: Batch, noise: Noise) -> dict[str, Tensor]:
     state = forward.enter(model, batch, noise, forward.RotaryTables())
-    for block in forward.transformer_blocks(model):
-        state = forward.call_block(block, state)
+    for block in sides.transformer_blocks(model):
+        state = call_block(block, state)
     return dict(forward.exit(model, state).streams)
 
 
@@ -87,7 +89,7 @@ def test_call_block_equals_diffusers_block(generation: str) -> None:
     model = transformer(generation)
     with torch.no_grad():
         state = forward.enter(model, *batch_and_noise(model, APART, conditioned=CONDITIONED), forward.RotaryTables())
-        block = forward.transformer_blocks(model)[0]
+        block = sides.transformer_blocks(model)[0]
         video, audio = (state.streams[name] for name in ("video", "audio"))
 
         def rotary(stream: TokenStream, name: str) -> tuple[Tensor, Tensor]:
@@ -102,7 +104,7 @@ def test_call_block_equals_diffusers_block(generation: str) -> None:
             video_rotary_emb=rotary(video, "rope"), audio_rotary_emb=rotary(audio, "rope"),
             ca_video_rotary_emb=rotary(video, "cross_rope"), ca_audio_rotary_emb=rotary(audio, "cross_rope"),
         )
-        got = forward.call_block(block, state)
+        got = call_block(block, state)
     # Norms, modulation and gates are rounded once instead of after each step.
     torch.testing.assert_close(got.streams["video"].hidden, expected[0], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(got.streams["audio"].hidden, expected[1], rtol=1e-5, atol=2e-6)
@@ -207,7 +209,7 @@ def test_reference_tokens_equal_diffusers_forward_with_appended_coordinates(gene
 
 def test_reference_tokens_lie_where_the_picture_does_and_meet_the_sound_at_its_time() -> None:
     model = transformer()
-    bounds = forward.token_coordinates(model.rope, forward.VIDEO, GRID, SMALLER, 25.0, "cpu")[0]
+    bounds = forward.token_coordinates(model.rope, sides.VIDEO, GRID, SMALLER, 25.0, "cpu")[0]
     own, extra = bounds[:, :S], bounds[:, S:]
     for axis in range(3):
         assert (own[axis].min(), own[axis].max()) == (extra[axis].min(), extra[axis].max())
@@ -215,7 +217,7 @@ def test_reference_tokens_lie_where_the_picture_does_and_meet_the_sound_at_its_t
     with torch.no_grad():
         tables = forward.RotaryTables()
         given = with_reference(*batch_and_noise(model, APART))[0].streams["video"]
-        cosine = tables.for_batch(model, forward.VIDEO, given, (25.0,), torch.device("cpu"), cross=True)[0]
+        cosine = tables.for_batch(model, sides.VIDEO, given, (25.0,), torch.device("cpu"), cross=True)[0]
         expected = model.cross_attn_rope(bounds[None, :1], device="cpu")[0]
     assert torch.equal(cosine, expected)
 
@@ -252,8 +254,8 @@ def test_permuted_tokens_give_permuted_predictions(generation: str, rope_type: s
             generator = torch.Generator().manual_seed(3)
             orders = torch.stack([torch.randperm(stream.hidden.shape[1], generator=generator) for _ in range(2)])
             state, shuffled = first, select(first, name, orders)
-            for block in forward.transformer_blocks(model):
-                state, shuffled = forward.call_block(block, state), forward.call_block(block, shuffled)
+            for block in sides.transformer_blocks(model):
+                state, shuffled = call_block(block, state), call_block(block, shuffled)
             plain, other = (forward.exit(model, s).streams for s in (state, shuffled))
             for seen, values in plain.items():
                 expected = values.gather(1, orders[..., None].expand_as(values)) if seen == name else values
@@ -261,7 +263,7 @@ def test_permuted_tokens_give_permuted_predictions(generation: str, rope_type: s
 
 
 # --- one stream alone --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("name", "drop"), [("video", forward.drop_audio), ("audio", forward.drop_video)])
+@pytest.mark.parametrize(("name", "drop"), [("video", sides.drop_audio), ("audio", sides.drop_video)])
 @pytest.mark.parametrize("generation", ["2.0", "2.3"])
 def test_one_stream_alone_equals_the_full_model_without_cross_attention(
     generation: str, name: str, drop: Callable[[torch.nn.Module], None]
@@ -277,14 +279,14 @@ def test_one_stream_alone_equals_the_full_model_without_cross_attention(
         torch.testing.assert_close(predict(model, *alone)[name], expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(unused_still_there, predict(model, *alone)[name])
     left = {key for key, _ in model.named_parameters()}
-    assert left == {key for key in every if forward.streams_of(key) == {name}}
-    skip = forward.skip_for((name,))
+    assert left == {key for key in every if sides.streams_of(key) == {name}}
+    skip = sides.skip_for((name,))
     assert left == {key for key in every if not skip(key)}
 
 
 def test_video_alone_holds_no_parameter_with_an_audio_name() -> None:
     model = transformer("2.3")
-    forward.drop_audio(model)
+    sides.drop_audio(model)
     names = [name for name, _ in [*model.named_parameters(), *model.named_modules()]]
     assert not [name for name in names if "audio" in name or "av_cross" in name or "a2v" in name or "v2a" in name]
 
@@ -295,7 +297,7 @@ def test_sample_without_sound_is_not_touched_by_its_stand_in() -> None:
         batch, noise = batch_and_noise(model, APART, present=torch.tensor([True, False]))
         mixed = predict(model, batch, noise)["video"]
         full = predict(model, *batch_and_noise(model, APART))["video"]
-        forward.drop_audio(model)
+        sides.drop_audio(model)
         alone = predict(model, dataclasses.replace(batch, streams={"video": batch.streams["video"]}), noise)["video"]
     torch.testing.assert_close(mixed[0], full[0])
     torch.testing.assert_close(mixed[1], alone[1], atol=1e-6, rtol=1e-5)
@@ -304,7 +306,7 @@ def test_sample_without_sound_is_not_touched_by_its_stand_in() -> None:
 # --- real dimensions ---------------------------------------------------------------------------------------------
 def test_real_size_has_the_published_number_of_parameters() -> None:
     model = modules("2.0")["transformer"]
-    count = {name: sum(p.numel() for key, p in model.named_parameters() if forward.streams_of(key) == streams)
+    count = {name: sum(p.numel() for key, p in model.named_parameters() if sides.streams_of(key) == streams)
              for name, streams in {"video": {"video"}, "audio": {"audio"}, "cross": {"video", "audio"}}.items()}
     assert round(sum(count.values()) / 1e9, 3) == 18.876
     assert round((count["audio"] + count["cross"]) * 2 / 1e9, 1) == 11.7, "GB of bf16 that video-only training never loads"
@@ -333,7 +335,7 @@ def test_rotary_tables_are_built_once_and_bounded() -> None:
 
     def table(rates: tuple[float, ...], grid: tuple[int, int, int] = GRID) -> Tensor:
         given = StreamBatch(torch.empty(0), grid)
-        return tables.for_batch(model, forward.VIDEO, given, rates, device, cross=False)[0]
+        return tables.for_batch(model, sides.VIDEO, given, rates, device, cross=False)[0]
 
     assert table((25.0, 25.0)).data_ptr() == table((25.0, 25.0)).data_ptr()
     mixed = table(RATES)
@@ -359,9 +361,9 @@ def test_gradients_reach_the_weights_through_all_parts() -> None:
 def test_call_block_is_one_graph() -> None:
     """No data-dependent branch: the block exports as a single graph. (The eager back end compiles nothing.)"""
     model = transformer("2.3", layers=1)
-    compiled = torch.compile(forward.call_block, fullgraph=True, backend="eager")
+    compiled = torch.compile(call_block, fullgraph=True, backend="eager")
     with torch.no_grad():
         state = forward.enter(model, *batch_and_noise(model, APART, conditioned=CONDITIONED), forward.RotaryTables())
-        block = forward.transformer_blocks(model)[0]
-        got, expected = compiled(block, state), forward.call_block(block, state)
+        block = sides.transformer_blocks(model)[0]
+        got, expected = compiled(block, state), call_block(block, state)
     torch.testing.assert_close(got.streams["audio"].hidden, expected.streams["audio"].hidden)

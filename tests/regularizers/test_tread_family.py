@@ -18,7 +18,9 @@ from tuner.interfaces.family import Batch, BuildContext, Noise
 from tuner.interfaces.losses import StepState, Tap
 from tuner.interfaces.memory import MemorySession
 from tuner.model.runner import BlockRunner, Checkpointing
+from tuner_ltxvideo2 import sides
 from tuner_ltxvideo2 import transformer as forward
+from tuner_ltxvideo2.block import call_block
 from tuner_regularizers.tread import Tread
 from tuner_regularizers.tread_options import TreadOptions
 
@@ -85,16 +87,16 @@ def by_hand(
     state = forward.enter(model, *given, forward.RotaryTables())
     spans = [(first % DEPTH, last % DEPTH, ids) for (_, first, last), ids in zip([r for r in layout if r[0]], drawn, strict=True)]
     tapped: Tensor | None = None
-    for index, block in enumerate(forward.transformer_blocks(model)):
+    for index, block in enumerate(sides.transformer_blocks(model)):
         ids = next((ids for first, last, ids in spans if first <= index <= last), None)
         if ids is None:
-            state = forward.call_block(block, state)
+            state = call_block(block, state)
             continue
         video = state.streams["video"]
         names = {"rope_cos", "rope_sin", "cross_rope_cos", "cross_rope_sin", "clean"} & video.aligned.keys()
         aligned = {name: Aligned(indexed(video.aligned[name].tensor, ids), ()) for name in names}
         few = replace(video, hidden=indexed(video.hidden, ids), aligned=aligned)
-        after = forward.call_block(block, BlockState({**state.streams, "video": few}, state.shared))
+        after = call_block(block, BlockState({**state.streams, "video": few}, state.shared))
         merged = video.hidden.clone()
         merged[torch.arange(2)[:, None], ids] = after.streams["video"].hidden
         tapped = after.streams["video"].hidden if tapped is None else tapped
@@ -114,13 +116,13 @@ def check(model: LTX2VideoTransformer3DModel, given: tuple[Batch, Noise], layout
     assert routing._ids and all(ids.shape[1] < given[0].streams["video"].latents.shape[1] for ids in routing._ids)
     state, tapped = by_hand(model, given, layout, list(routing._ids))
     expected = gradients(model, loss_of(model, given, state, tapped))
-    blocks = BlockSet.of(model, forward.transformer_blocks(model))
+    blocks = BlockSet.of(model, sides.transformer_blocks(model))
     tap = Tap("inside", routing.routes[0].first, "video")
     found = []
     for policy in POLICIES:
         for session in (None, Watched()):
             runner = BlockRunner(
-                blocks, forward.call_block, checkpointing=Checkpointing(frozenset(policy)), transforms=routing.transforms(), taps=[tap],
+                blocks, call_block, checkpointing=Checkpointing(frozenset(policy)), transforms=routing.transforms(), taps=[tap],
                 session=session,
             )  # fmt: skip
             final = runner.run(forward.enter(model, *given, forward.RotaryTables()))
@@ -153,7 +155,7 @@ def test_skipped_tokens_come_back_as_they_were_and_given_ones_never_leave(mode: 
     model = transformer("2.3", layers=DEPTH)
     given = MODES[mode](model)
     routing = tread(((0.5, 0, -1),), given[0])
-    runner = BlockRunner(BlockSet.of(model, forward.transformer_blocks(model)), forward.call_block, transforms=routing.transforms())
+    runner = BlockRunner(BlockSet.of(model, sides.transformer_blocks(model)), call_block, transforms=routing.transforms())
     entered = forward.enter(model, *given, forward.RotaryTables())
     final = runner.run(entered).streams["video"]
     before = entered.streams["video"]
@@ -169,14 +171,14 @@ def test_sound_reads_the_kept_tokens_and_sampling_all() -> None:
     model = transformer("2.3", layers=DEPTH)
     given = MODES["plain"](model)
     routing = tread(INSIDE, given[0])
-    blocks = BlockSet.of(model, forward.transformer_blocks(model))
+    blocks = BlockSet.of(model, sides.transformer_blocks(model))
     routed, whole = (
-        BlockRunner(blocks, forward.call_block, transforms=transforms).run(forward.enter(model, *given, forward.RotaryTables()))
+        BlockRunner(blocks, call_block, transforms=transforms).run(forward.enter(model, *given, forward.RotaryTables()))
         for transforms in (routing.transforms(), ())
     )
     assert not torch.equal(routed.streams["audio"].hidden, whole.streams["audio"].hidden)
     with torch.no_grad():
-        sampled = BlockRunner(blocks, forward.call_block, transforms=routing.transforms()).run(
+        sampled = BlockRunner(blocks, call_block, transforms=routing.transforms()).run(
             forward.enter(model, *given, forward.RotaryTables())
         )
     assert all(torch.equal(sampled.streams[name].hidden, stream.hidden) for name, stream in whole.streams.items())

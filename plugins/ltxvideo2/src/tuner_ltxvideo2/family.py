@@ -36,8 +36,9 @@ from tuner.interfaces.family import (
 )
 from tuner.interfaces.memory import Placement
 from tuner.interfaces.services import CardFacts, TensorHeader, WeightSource
-from tuner_ltxvideo2 import conditioning, hub, inputs, keys, loading, sampling, transformer
+from tuner_ltxvideo2 import conditioning, hub, inputs, keys, loading, sampling, sides, transformer
 from tuner_ltxvideo2.audio_latents import AudioDecoder, AudioLatentEncoder
+from tuner_ltxvideo2.block import call_block
 from tuner_ltxvideo2.card import card_facts
 from tuner_ltxvideo2.companions import MaskEncoder, ReferenceEncoder, file_facts
 from tuner_ltxvideo2.options import LTX2Options
@@ -88,7 +89,7 @@ class LTX2Family(ModelFamily):
 
     def inspect(self, source: WeightSource, streams: Sequence[str]) -> ModelFacts:
         variant = variant_of(source)
-        skip = transformer.skip_for(streams)
+        skip = sides.skip_for(streams)
         headers = {name: header for name, header in source.headers("transformer").items() if not skip(name)}
         width = torch.empty((), dtype=self.context.dtype).element_size()
         counts = block_counts(headers)
@@ -160,14 +161,14 @@ class LTX2Family(ModelFamily):
         """Frozen and in evaluation mode; modules that `streams` do not need are neither read nor there."""
         return loading.build_part(
             source, "transformer", variant_of(source), dtype=dtype, device=device, placement=placement,
-            prepare=lambda model: transformer.drop_unused(model, streams),
+            prepare=lambda model: sides.drop_unused(model, streams),
         )
 
     def empty(self, source: WeightSource, streams: Sequence[str], dtype: torch.dtype, blocks: int = 0) -> nn.Module | None:
         variant = variant_of(source)
         config = {**variant.config["transformer"], **({"num_layers": blocks} if blocks else {})}
         model = loading.empty_part("transformer", replace(variant, config={"transformer": config}))
-        transformer.drop_unused(model, streams)
+        sides.drop_unused(model, streams)
         return nn.Module.to(model, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of every change of dtype
 
     def collate(self, samples: Sequence[Sample], streams: Sequence[str]) -> Batch:
@@ -181,7 +182,7 @@ class LTX2Family(ModelFamily):
     def dummy_batch(
         self, model: nn.Module, shape: ClipShape, batch_size: int, streams: Sequence[str], device: torch.device
     ) -> tuple[Batch, Noise]:
-        widths = transformer.text_widths(model, streams)
+        widths = sides.text_widths(model, streams)
         text = {name: (MAX_TOKENS, widths[name]) for name in streams}
         return inputs.dummy_batch(shape, batch_size, text, self.context.dtype, device, self.options.given_stream)
 
@@ -189,13 +190,13 @@ class LTX2Family(ModelFamily):
         return transformer.enter(model, batch, noise, self._tables)
 
     def call_block(self, block: nn.Module, state: BlockState) -> BlockState:
-        return transformer.call_block(block, state)
+        return call_block(block, state)
 
     def exit(self, model: nn.Module, state: BlockState) -> Prediction:
         return transformer.exit(model, state)
 
     def block_set(self, model: nn.Module) -> BlockSet:
-        return BlockSet.of(model, transformer.transformer_blocks(model), transformer.widths(model))
+        return BlockSet.of(model, sides.transformer_blocks(model), sides.widths(model))
 
     # --- adapters ------------------------------------------------------------------------------------------------
     def adapter_targets(self, model: nn.Module, streams: Sequence[str]) -> list[str]:
@@ -265,13 +266,13 @@ def target_names(parameters: Iterable[str], streams: Sequence[str], learned: Seq
     outside the blocks: 1,252 for LTX-2.0. Where one stream is given (`learned` names the other; None: all of `streams`) only the learned
     stream's own modules and the cross-modal attention that reads the given one into it: the given stream then runs as in the base model.
     """
-    skip = transformer.skip_for(streams)
+    skip = sides.skip_for(streams)
     modules = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight") and not skip(name)]
     return [module for module in modules if _is_target(module) and _is_learned(module, frozenset(streams if learned is None else learned))]
 
 
 def _is_target(module: str) -> bool:
-    if not module.startswith(transformer.BLOCKS + "."):
+    if not module.startswith(sides.BLOCKS + "."):
         return module in AUDIO_TARGETS
     inside = module.split(".", 2)[2]
     return module.endswith(ATTENTION_TARGETS) or inside.startswith("audio_ff.")
@@ -279,13 +280,13 @@ def _is_target(module: str) -> bool:
 
 def _is_learned(module: str, learned: frozenset[str]) -> bool:
     """Whether the module works on the learned streams alone, or reads another one into them."""
-    into = [f".{side.cross_attention}." for side in transformer.SIDES if side.name in learned]
-    return transformer.streams_of(module) <= learned or any(name in module for name in into)
+    into = [f".{side.cross_attention}." for side in sides.SIDES if side.name in learned]
+    return sides.streams_of(module) <= learned or any(name in module for name in into)
 
 
 def linear_layers(headers: Mapping[str, TensorHeader], block: str) -> dict[str, tuple[int, int]]:
     """Name inside the block -> (out, in) of its linear layers, in order: its only weights with two dimensions."""
-    lead, end = f"{transformer.BLOCKS}.{block}.", ".weight"
+    lead, end = f"{sides.BLOCKS}.{block}.", ".weight"
     weights = {name: header.shape for name, header in headers.items() if name.startswith(lead) and name.endswith(end)}
     return {name[len(lead) : -len(end)]: (shape[0], shape[1]) for name, shape in weights.items() if len(shape) == 2}
 
@@ -294,7 +295,7 @@ def block_counts(headers: Mapping[str, TensorHeader]) -> dict[str, int]:
     """Number of parameters of each block, by its index."""
     counts: dict[str, int] = {}
     for name, header in headers.items():
-        if name.startswith(transformer.BLOCKS + "."):
+        if name.startswith(sides.BLOCKS + "."):
             index = name.split(".")[1]
             counts[index] = counts.get(index, 0) + header.count
     return counts

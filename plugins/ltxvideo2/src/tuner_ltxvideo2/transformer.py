@@ -1,4 +1,4 @@
-"""The transformer's forward pass in three parts, over diffusers' own modules: `enter`, `call_block`, `exit`.
+"""The transformer's forward pass before and after the blocks, `enter` and `exit`, over diffusers' own modules.
 
 Special here: a stream that is not in the state is neither computed nor needed in memory, so training on video alone or on sound
 alone runs the same code over a model whose other modules were deleted. The modulation of the cross-modal attention follows the
@@ -13,8 +13,7 @@ t timesteps (1, or 2 where tokens are given clean: its own, then 0), H attention
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,103 +22,12 @@ from torch import Tensor, nn
 
 from tuner.interfaces.blocks import Aligned, BlockState, TokenStream
 from tuner.interfaces.family import Batch, Noise, Prediction, StreamBatch
-from tuner.model.fused import gated, rms_modulated, rms_norm
-from tuner.model.lanes import Lane, lane_for
-from tuner_ltxvideo2.attention import Rotary, attend
+from tuner_ltxvideo2.attention import Rotary
+from tuner_ltxvideo2.block import shifted
 from tuner_ltxvideo2.geometry import Grid
+from tuner_ltxvideo2.sides import SIDES, VIDEO, Side
 
 TableKey = tuple[Grid, Grid | None, tuple[float, ...], str]
-
-
-@dataclass(frozen=True)
-class Side:
-    """The names under which one stream's modules are found. `prefix` is put before the names that both streams have."""
-
-    name: str
-    prefix: str
-    cross_attention: str
-    """The attention whose queries are this stream and whose keys are the other."""
-    cross_norm: str
-    cross_table: str
-    cross_embedding: str
-    cross_gate: str
-    cross_rope: str
-
-    def of(self, module: nn.Module, name: str) -> Any:
-        """This stream's `name` in `module`: a submodule or parameter."""
-        return getattr(module, self.prefix + name)
-
-
-VIDEO = Side(
-    name="video", prefix="",
-    cross_attention="audio_to_video_attn", cross_norm="audio_to_video_norm", cross_table="video_a2v_cross_attn_scale_shift_table",
-    cross_embedding="av_cross_attn_video_scale_shift", cross_gate="av_cross_attn_video_a2v_gate", cross_rope="cross_attn_rope",
-)
-AUDIO = Side(
-    name="audio", prefix="audio_",
-    cross_attention="video_to_audio_attn", cross_norm="video_to_audio_norm", cross_table="audio_a2v_cross_attn_scale_shift_table",
-    cross_embedding="av_cross_attn_audio_scale_shift", cross_gate="av_cross_attn_audio_v2a_gate", cross_rope="cross_attn_audio_rope",
-)
-SIDES = (VIDEO, AUDIO)
-BLOCKS = "transformer_blocks"
-
-_CROSS_PREFIXES = ("av_cross_attn_", "cross_attn_", "audio_to_video_", "video_to_audio_", "video_a2v_", "audio_a2v_")
-
-
-# --- which weights a stream needs --------------------------------------------------------------------------------
-def streams_of(name: str) -> frozenset[str]:
-    """The streams that all have to be there for the parameter or module `name` to be used: one, or both for cross-modal ones."""
-    segments = name.split(".")
-    head = segments[2] if segments[0] == BLOCKS and len(segments) > 2 else segments[0]
-    if head.startswith(_CROSS_PREFIXES):
-        return frozenset({VIDEO.name, AUDIO.name})
-    return frozenset({AUDIO.name if head.startswith(AUDIO.prefix) else VIDEO.name})
-
-
-def skip_for(streams: Sequence[str]) -> Callable[[str], bool]:
-    """The predicate for loading: whether a parameter is of no use when only `streams` run."""
-    present = frozenset(streams)
-    return lambda name: not streams_of(name) <= present
-
-
-def drop_unused(model: nn.Module, streams: Sequence[str]) -> None:
-    """Deletes, in place, every module and parameter that `streams` do not need."""
-    skip = skip_for(streams)
-    blocks = [(f"{BLOCKS}.{i}.", block) for i, block in enumerate(transformer_blocks(model))]
-    for prefix, owner in [("", model), *blocks]:
-        children = [name for name, _ in owner.named_children() if name != BLOCKS]
-        for name in children + [name for name, _ in owner.named_parameters(recurse=False)]:
-            if skip(prefix + name):
-                delattr(owner, name)
-
-
-def drop_audio(model: nn.Module) -> None:
-    """Deletes the audio branch and the cross-modal attentions: what training on video alone never touches."""
-    drop_unused(model, (VIDEO.name,))
-
-
-def drop_video(model: nn.Module) -> None:
-    """Deletes the video branch and the cross-modal attentions: what training on sound alone never touches."""
-    drop_unused(model, (AUDIO.name,))
-
-
-def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks, in order."""
-    blocks = getattr(model, BLOCKS)
-    return list(blocks)
-
-
-def widths(model: nn.Module) -> dict[str, int]:
-    """Stream -> channels of its tokens, of those that the model was loaded for."""
-    return {side.name: int(side.of(model, "proj_in").out_features) for side in SIDES if hasattr(model, side.prefix + "proj_in")}
-
-
-def text_widths(model: Any, streams: Sequence[str]) -> dict[str, int]:
-    """Stream -> channels of the encoded captions that it takes."""
-    if model.config.use_prompt_embeddings:
-        return dict.fromkeys(streams, int(model.config.caption_channels))
-    block = transformer_blocks(model)[0]
-    return {side.name: int(side.of(block, "attn2").to_k.in_features) for side in SIDES if side.name in streams}
 
 
 # --- positions ---------------------------------------------------------------------------------------------------
@@ -294,127 +202,6 @@ def _both_present(streams: Mapping[str, StreamBatch]) -> Tensor | None:
     return torch.stack(masks).all(dim=0)
 
 
-# --- one block ---------------------------------------------------------------------------------------------------
-def call_block(block: nn.Module, state: BlockState) -> BlockState:
-    """One transformer block over the streams of `state`: self attention, text, the other stream, feed-forward. Pure.
-
-    Sound has few tokens, so what it does alone may run beside what the picture does alone.
-    """
-    sides = [side for side in SIDES if side.name in state.streams]
-    both = len(sides) == len(SIDES)
-    hidden = {name: stream.hidden for name, stream in state.streams.items()}
-    lane = lane_for(hidden[VIDEO.name]) if both else Lane()
-    lane.fork(*_read_by(state, AUDIO))
-    vectors = {}
-    for side in sides:
-        with lane.beside(side is AUDIO):
-            vectors[side.name] = _vectors(side.of(block, "scale_shift_table"), state, side, "modulation")
-            hidden[side.name] = _attend_self(block, side, state.streams[side.name], hidden[side.name], vectors[side.name])
-    for side in sides:
-        with lane.beside(side is AUDIO):
-            hidden[side.name] = _attend_text(block, side, state, hidden[side.name], vectors[side.name])
-    if both:
-        lane.join(hidden[AUDIO.name])
-        hidden |= _attend_across(block, state, hidden)
-        lane.fork(hidden[AUDIO.name])
-    for side in sides:
-        with lane.beside(side is AUDIO):
-            hidden[side.name] = _feed_forward(block, side, state.streams[side.name], hidden[side.name], vectors[side.name])
-    if both:
-        lane.join(hidden[AUDIO.name])
-    return state.with_hidden(hidden)
-
-
-def _read_by(state: BlockState, side: Side) -> Iterator[Tensor]:
-    """What a stream's own part of a block reads beside the block's weights."""
-    if side.name in state.streams:
-        stream = state.streams[side.name]
-        yield stream.hidden
-        yield from (aligned.tensor for aligned in stream.aligned.values())
-        yield from (tensor for name, tensor in state.shared.items() if name.startswith(f"{side.name}."))
-
-
-def _vectors(table: Tensor, state: BlockState, side: Side, name: str) -> tuple[Tensor, ...]:
-    """N modulation vectors (B, t, D): the block's own table (N, D) plus the timestep's share."""
-    embedded = state.shared[f"{side.name}.{name}"]
-    return (table + embedded.reshape(*embedded.shape[:2], *table.shape)).unbind(dim=2)
-
-
-def _spread(vector: Tensor, stream: TokenStream) -> Tensor:
-    """(B, t, D) -> (B, 1 or S, D): tokens that are given clean take the vector of timestep 0."""
-    clean = stream.aligned.get("clean")
-    return vector if clean is None else torch.where(clean.tensor, vector[:, 1:], vector[:, :1])
-
-
-def _modulate(norm: Any, tokens: Tensor, scale: Tensor, shift: Tensor, stream: TokenStream) -> Tensor:
-    """norm(tokens) · (1 + scale) + shift."""
-    if norm.weight is not None:
-        return _shifted(rms_norm(tokens, norm.eps, norm.weight), scale, shift, stream)
-    clean = stream.aligned.get("clean")
-    return rms_modulated(tokens, norm.eps, scale, shift, None if clean is None else clean.tensor)
-
-
-def _shifted(normed: Tensor, scale: Tensor, shift: Tensor, stream: TokenStream) -> Tensor:
-    return normed * _spread(1 + scale, stream) + _spread(shift, stream)
-
-
-def _rotary(stream: TokenStream, name: str) -> Rotary:
-    return stream.aligned[f"{name}_cos"].tensor, stream.aligned[f"{name}_sin"].tensor
-
-
-def _attend_self(block: nn.Module, side: Side, stream: TokenStream, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
-    shift, scale, gate = vectors[:3]
-    normed = _modulate(side.of(block, "norm1"), hidden, scale, shift, stream)
-    attended = attend(side.of(block, "attn1"), normed, query_rotary=_rotary(stream, "rope"))
-    return gated(hidden, attended, _spread(gate, stream))
-
-
-def _attend_text(block: Any, side: Side, state: BlockState, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
-    """Cross attention to the caption; with 9 vectors (2.3 on) queries, keys and result are modulated too."""
-    text = state.shared[f"{side.name}.text"]
-    norm = side.of(block, "norm2")
-    if block.cross_attn_adaln:
-        table = side.of(block, "prompt_scale_shift_table")
-        prompt = state.shared.get(f"{side.name}.prompt")
-        values = table[None, None].to(hidden.dtype) if prompt is None else table + prompt.reshape(*prompt.shape[:2], *table.shape)
-        text_shift, text_scale = values.unbind(dim=2)
-        text = text * (1 + text_scale) + text_shift
-    if len(vectors) == 9:
-        shift, scale, gate = vectors[6:]
-        stream = state.streams[side.name]
-        attended = attend(side.of(block, "attn2"), _modulate(norm, hidden, scale, shift, stream), text)
-        return gated(hidden, attended, _spread(gate, stream))
-    return hidden + attend(side.of(block, "attn2"), rms_norm(hidden, norm.eps, norm.weight), text)
-
-
-def _attend_across(block: nn.Module, state: BlockState, hidden: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Both cross-modal attentions, each reading the tokens from before either. Tables are ordered (scale, shift), gate last."""
-    norms = {side.name: getattr(block, side.cross_norm) for side in SIDES}
-    vectors = {
-        side.name: _vectors(getattr(block, side.cross_table)[:4], state, side, "cross_modulation") for side in SIDES
-    }
-    present = state.shared.get("cross_present")
-    result: dict[str, Tensor] = {}
-    for side, other, first in ((VIDEO, AUDIO, 0), (AUDIO, VIDEO, 2)):  # vectors 0 and 1: sound to picture; 2 and 3: picture to sound
-        queries, keys = (
-            _modulate(norms[name], hidden[name], vectors[name][first], vectors[name][first + 1], state.streams[name])
-            for name in (side.name, other.name)
-        )
-        gate = getattr(block, side.cross_table)[4:] + state.shared[f"{side.name}.cross_gate"]
-        attended = attend(
-            getattr(block, side.cross_attention), queries, keys,
-            _rotary(state.streams[side.name], "cross_rope"), _rotary(state.streams[other.name], "cross_rope"),
-        )
-        result[side.name] = gated(hidden[side.name], attended, gate if present is None else gate * present.to(gate.dtype))
-    return result
-
-
-def _feed_forward(block: nn.Module, side: Side, stream: TokenStream, hidden: Tensor, vectors: tuple[Tensor, ...]) -> Tensor:
-    shift, scale, gate = vectors[3:6]
-    normed = _modulate(side.of(block, "norm3"), hidden, scale, shift, stream)
-    return gated(hidden, side.of(block, "ff")(normed), _spread(gate, stream))
-
-
 # --- after the blocks --------------------------------------------------------------------------------------------
 def exit(model: nn.Module, state: BlockState) -> Prediction:
     """Velocity (B, S, C) of each stream, in the weights' dtype; of tokens that were given it means nothing."""
@@ -424,5 +211,5 @@ def exit(model: nn.Module, state: BlockState) -> Prediction:
 def _predict(model: nn.Module, side: Side, state: BlockState) -> Tensor:
     stream = state.streams[side.name]
     shift, scale = (side.of(model, "scale_shift_table") + state.shared[f"{side.name}.time"][:, :, None]).unbind(dim=2)
-    velocity: Tensor = side.of(model, "proj_out")(_shifted(side.of(model, "norm_out")(stream.hidden), scale, shift, stream))
+    velocity: Tensor = side.of(model, "proj_out")(shifted(side.of(model, "norm_out")(stream.hidden), scale, shift, stream))
     return velocity
