@@ -4,8 +4,9 @@
     python benchmarks/table.py --only fp8             # rows whose name contains one of these words
     python benchmarks/table.py --size tiny --steps 1  # the same program on a CPU, to see that it runs; its times mean nothing
 
-head: 832x480x17, batch 2; 121f: 768x512x121, batch 1. A model is built once for all rows that share it. `step.py` measures one row beside
-diffusers + peft, and tells its kernels apart.
+head: 832x480x17, batch 2; 121f: 768x512x121, batch 1. A model is built once for all rows that share it. The last column is what a step
+would take if all its products and attention ran as fast as one large bf16 product, measured in the same process, in parts of what it takes.
+`step.py` measures one row beside diffusers + peft, and tells its kernels apart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from figures import Figure, write_json
 from plain import WORK
 from product import ProductStep, Setup
+from profiling import matrix_rate, operations
 from step import Row, describe_machine, lacks_gpu, measure
 from tuner.model.compiled import CompiledBlocks
 from tuner.model.runner import Checkpointing
@@ -56,14 +58,16 @@ CASES = (
 )  # fmt: skip
 
 
-def show(case: Case, row: Row) -> None:
-    """One line of the table."""
+def show(case: Case, row: Row, rate: float) -> None:
+    """One line of the table. `rate`: operations a second of a large product; 0: not known."""
 
     def beside(limit: float | None) -> str:
         return f" (at most {limit:g})" if limit is not None else ""
 
+    reached = f"{row.operations / rate / row.seconds:.0%}" if rate else "-"
     peak = "-" if row.peak_gib is None else f"{row.peak_gib:.1f}{beside(case.gib)}"
-    print(f"| {row.name} | {row.seconds:.3f}{beside(case.seconds)} | {row.fastest:.3f} - {row.slowest:.3f} | {peak} |", flush=True)
+    cells = [row.name, f"{row.seconds:.3f}{beside(case.seconds)}", f"{row.fastest:.3f} - {row.slowest:.3f}", peak, reached]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def figures(done: Sequence[tuple[Case, Row]], *, limits: bool) -> list[Figure]:
@@ -91,7 +95,11 @@ def main(argv: list[str]) -> int:
         return 3
     machine = describe_machine(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
-    print("\n| Step | s (median) | fastest - slowest | peak GiB |\n|---|---|---|---|", flush=True)
+    rate = matrix_rate(device) if device.type == "cuda" else 0.0
+    if rate:
+        eight_bits = matrix_rate(device, eight_bits=True)
+        print(f"a large bf16 product: {rate / 1e12:.0f}e12 operations a second; in 8 bits {eight_bits / 1e12:.0f}e12")
+    print("\n| Step | s (median) | fastest - slowest | peak GiB | of a large product's rate |\n|---|---|---|---|---|", flush=True)
     more = ", compiled" * bool(arguments.dynamo_mode) + ", two lanes" * (arguments.lanes > 1)
     done: list[tuple[Case, Row]] = []
     wanted, unwanted = arguments.only.split(","), [word for word in arguments.skip.split(",") if word]
@@ -107,12 +115,14 @@ def main(argv: list[str]) -> int:
             step.take(WORK[arguments.size][case.work])  # type: ignore[index]
             count = len(step.runner.blocks)
             step.runner.checkpointing = Checkpointing.every(count) if case.recomputed else Checkpointing()
+            counted = operations(step)
             step.execution = (GraphExecution if device.type == "cuda" else PlainExecution)(step.run, step.masters)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            done.append((case, measure(case.name + more, step, device, arguments.steps)))
-            show(*done[-1])
+            row = measure(case.name + more, step, device, arguments.steps)
+            done.append((case, replace(row, operations=counted)))
+            show(*done[-1], rate)
             found = figures(done, limits=arguments.size == "real")
             write_json(arguments.json, machine, [row for _, row in done], found, steps=arguments.steps)
         step.close()
