@@ -76,26 +76,28 @@ def tasks(size: str, scratch: Path) -> list[Task]:
     clips = ["--clips", "1"] if quick else []
     modules = ("core/test_fused", "core/test_fp8", "offload/test_cuda_link", "offload/test_leaf_gpu")
     tests = ["tests/cuda", *(f"tests/{name}.py" for name in modules)]
+    # On a GPU the tests are small: several processes share it.
+    together = ["-n", "8"] if not quick and importlib.util.find_spec("xdist") else []
     shallow = ["--blocks", "1", "--small"] if quick else []
     every = [
-        Task("tests", ["-m", "pytest", *tests, "-v", "--tb=short", "-p", "no:cacheprovider"], 300, ("pytest", "av"), own=False),
-        Task("table", ["table.py", *steps, "--only", "bf16"], 90),
-        Task("table-fp8", ["table.py", *steps, "--only", "fp8"], 80),
-        Task("table-lanes", ["table.py", *steps, "--lanes", "2", "--skip", "video alone"], 90),
-        Task("gradients", ["gradients.py", "--no-compiled", *shallow], 120, sized=False),
-        Task("memory", [*memory, "--rows", "head,121f"], 240),
-        Task("memory-video", [*memory, "--rows", "video"], 50),
-        Task("regularizers", ["regularizers.py", *steps, "--cuda_graphs", "on"], 100),
-        Task("start", ["start.py", "--folder", str(scratch / "start")], 240, ("av",)),
-        Task("data", ["data.py", "--folder", str(scratch / "start"), *(["--rounds", "1", *steps] if quick else [])], 90, ("av",)),
-        Task("accumulation", ["accumulation.py", *steps], 80),
+        Task("tests", ["-m", "pytest", *tests, *together, "-v", "--tb=short", "-p", "no:cacheprovider"], 200, ("pytest", "av"), own=False),
+        Task("table", ["table.py", *steps, "--only", "bf16"], 110),
+        Task("table-fp8", ["table.py", *steps, "--only", "fp8"], 100),
+        Task("table-lanes", ["table.py", *steps, "--lanes", "2", "--skip", "video alone"], 130),
+        Task("gradients", ["gradients.py", "--compiled", "no", *shallow], 220, sized=False),
+        Task("memory", [*memory, "--rows", "head,121f"], 260),
+        Task("memory-video", [*memory, "--rows", "video"], 60),
+        Task("regularizers", ["regularizers.py", *steps, "--cuda_graphs", "on"], 110),
+        Task("start", ["start.py", "--folder", str(scratch / "start")], 200, ("av",)),
+        Task("data", ["data.py", "--folder", str(scratch / "start"), *(["--rounds", "1", *steps] if quick else [])], 120, ("av",)),
+        Task("accumulation", ["accumulation.py", *steps], 100),
         Task("sample", ["sample.py", *(["--steps", "1"] if quick else []), *clips], 120),
-        Task("caching", ["caching.py", *(["--clips", "2"] if quick else [])], 80, ("av",)),
-        Task("profile", [*step, "--no-peer", "--cuda_graphs", "--profile"], 60),
+        Task("caching", ["caching.py", *(["--clips", "2"] if quick else [])], 70, ("av",)),
+        Task("profile", [*step, "--no-peer", "--cuda_graphs", "--profile"], 55),
         Task("profile-kept", [*step, "--no-peer", "--cuda_graphs", "--profile", "--no-checkpointing"], 60),
         Task("profile-fp8", [*step, "--no-peer", "--cuda_graphs", "--profile", "--no-checkpointing", "--fp8"], 60),
-        Task("compiled", [*step, "--no-peer", "--cuda_graphs", "--profile", "--no-checkpointing", "--dynamo_mode", "default"], 160),
-        Task("gradients-compiled", ["gradients.py", *shallow], 400, sized=False),
+        Task("compiled", [*step, "--no-peer", "--cuda_graphs", "--profile", "--no-checkpointing", "--dynamo_mode", "default"], 180),
+        Task("gradients-compiled", ["gradients.py", "--compiled", "only", *shallow], 300, sized=False),
         Task("text_encoder", ["text_encoder.py", "--folder", str(scratch / "text"), "--only", "group"], 120),
         Task("deviation", ["benchmarks/deviation.py", "--blocks", "2,6,24,48"], 100, own=False),
         Task("peers-head", [*step, "--work", "head"], 100),

@@ -80,13 +80,13 @@ class Row:
 
 
 def ways(video_only: bool, device: torch.device, compiled: bool) -> Iterator[Way]:
-    """All that there are on `device`; those that have to be compiled come last."""
+    """All that there are on `device`, with blocks that are compiled or not."""
     replayed = (False, True) if device.type == "cuda" else (False,)
     both = (False, True)
-    for by_compiler, recomputed, streamed, graph in itertools.product(both[: 1 + compiled], both, both, replayed):
-        yield Way(video_only, by_compiler, graph, recomputed, streamed)
-        if graph and not by_compiler and not video_only:
-            yield Way(video_only, by_compiler, graph, recomputed, streamed, lanes=2)
+    for recomputed, streamed, graph in itertools.product(both, both, replayed):
+        yield Way(video_only, compiled, graph, recomputed, streamed)
+        if graph and not compiled and not video_only:
+            yield Way(video_only, compiled, graph, recomputed, streamed, lanes=2)
 
 
 class Step(ProductStep):
@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", default="2,6", help="depths, separated by commas")
     parser.add_argument("--small", action="store_true", help="256x192x9, batch 1, and short captions")
-    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="also compiled blocks")
+    parser.add_argument("--compiled", choices=("no", "only", "too"), default="too", help="blocks as they are, compiled, or both")
     parser.add_argument("--streams", default="both,video", help="both, video; separated by a comma")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> int:
     known: dict[tuple[int, bool], Expected] = {}
     depths = [int(word) for word in arguments.blocks.split(",")]
     # All that need no compiler first: they take seconds.
-    for compiled in (False, True)[: 1 + arguments.compiled]:
+    for compiled in {"no": (False,), "only": (True,), "too": (False, True)}[arguments.compiled]:
         for layers, video_only in itertools.product(depths, [word == "video" for word in arguments.streams.split(",")]):
             print(f"\n{layers} blocks, {'video alone' if video_only else 'both streams'}\n")
             print("| Way | gradients off | losses off | s |\n|---|---|---|---|", flush=True)
@@ -258,11 +258,10 @@ def main(argv: list[str]) -> int:
                 wanted = known[layers, video_only] = expected(layers, video_only, shape, device)
                 show("the peer, against itself in float32", wanted.rounding, wanted.drift, time.perf_counter() - began)
             for way in ways(video_only, device, compiled):
-                if way.compiled == compiled:
-                    began = time.perf_counter()
-                    rows.append(compare(way, layers, known[layers, video_only], shape, device))
-                    show(way.name, rows[-1].gradients, rows[-1].losses, time.perf_counter() - began)
-                    write_json(arguments.json, machine, rows, figures(rows))
+                began = time.perf_counter()
+                rows.append(compare(way, layers, known[layers, video_only], shape, device))
+                show(way.name, rows[-1].gradients, rows[-1].losses, time.perf_counter() - began)
+                write_json(arguments.json, machine, rows, figures(rows))
     return int(any(row.gradients > LIMIT for row in rows))
 
 
