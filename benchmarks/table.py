@@ -24,7 +24,7 @@ from figures import Figure, write_json
 from plain import WORK
 from product import ProductStep, Setup
 from profiling import matrix_rate, operations
-from step import Row, describe_machine, lacks_gpu, measure
+from step import GIB, Row, describe_machine, lacks_gpu, measure
 from tuner.model.compiled import CompiledBlocks
 from tuner.model.runner import Checkpointing
 from tuner.train.execute import GraphExecution, PlainExecution
@@ -66,8 +66,16 @@ def show(case: Case, row: Row, rate: float) -> None:
 
     reached = f"{row.operations / rate / row.seconds:.0%}" if rate else "-"
     peak = "-" if row.peak_gib is None else f"{row.peak_gib:.1f}{beside(case.gib)}"
-    cells = [row.name, f"{row.seconds:.3f}{beside(case.seconds)}", f"{row.fastest:.3f} - {row.slowest:.3f}", peak, reached]
+    cells = [row.name, f"{row.seconds:.3f}{beside(case.seconds)}", f"{row.fastest:.3f} - {row.slowest:.3f}", peak, outside(), reached]
     print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def outside() -> str:
+    """GiB of the device's memory that torch does not count: the driver, the libraries' kernels, what graphs consist of."""
+    if not torch.cuda.is_available():
+        return "-"
+    free, total = torch.cuda.mem_get_info()
+    return f"{(total - free - torch.cuda.memory_reserved()) / GIB:.2f}"
 
 
 def figures(done: Sequence[tuple[Case, Row]], *, limits: bool) -> list[Figure]:
@@ -99,7 +107,8 @@ def main(argv: list[str]) -> int:
     if rate:
         eight_bits = matrix_rate(device, eight_bits=True)
         print(f"a large bf16 product: {rate / 1e12:.0f}e12 operations a second; in 8 bits {eight_bits / 1e12:.0f}e12")
-    print("\n| Step | s (median) | fastest - slowest | peak GiB | of a large product's rate |\n|---|---|---|---|---|", flush=True)
+    columns = ("Step", "s (median)", "fastest - slowest", "peak GiB", "GiB outside torch", "of a large product's rate")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     more = ", compiled" * bool(arguments.dynamo_mode) + ", two lanes" * (arguments.lanes > 1)
     done: list[tuple[Case, Row]] = []
     wanted, unwanted = arguments.only.split(","), [word for word in arguments.skip.split(",") if word]
