@@ -23,7 +23,7 @@ CLASSES = (
     ("attention", r"flash|fmha|sdpa|attention"),
     ("8-bit matrix products", r"e4m3|nvjet_q|_scaled_mm"),
     ("matrix products", r"nvjet|gemm|cutlass|splitk"),
-    ("tuner's kernels", r"_norm_row|_rotated_row|_round_row|_turn_tile"),
+    ("tuner's kernels", r"_norm_row|_rotated_row|_gate_row|_round_row|_turn_tile"),
     ("compiled passes", r"triton_"),
     ("copies to and from the host", r"memcpy (htod|dtoh)|memcpy.*(pinned|pageable)"),
     ("optimizer and masters", r"multi_tensor|adam"),

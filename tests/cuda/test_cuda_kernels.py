@@ -33,7 +33,10 @@ def calls(width: int) -> dict[str, Call]:
     def like(tensor: Tensor, x: Tensor) -> Tensor:
         return tensor.to(x.dtype)
 
+    around = draw(B, S, width, seed=8)
     return {
+        "gated": lambda x: fused.gated(like(around, x), x, like(scale[:, :1], x)),
+        "gated by token": lambda x: fused.gated(x, like(around, x), like(around, x)) + fused.gated(like(around, x), x, like(around, x)),
         "norm": lambda x: fused.rms_norm(x, 1e-6),
         "weighted": lambda x: fused.rms_norm(x, 1e-6, like(weight, x)),
         "modulated": lambda x: fused.rms_modulated(x, 1e-6, like(scale[:, :1], x), like(shift[:, :1], x)),

@@ -167,13 +167,19 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, change: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(gate)
+        alike = hidden.shape == change.shape and hidden.dtype == change.dtype
+        if alike and (kernels := _gate_kernels_for(change, gate)) is not None:
+            return kernels.gated(hidden, change, gate)
         return torch.addcmul(hidden, change, gate)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (gate,) = ctx.saved_tensors
-        return gradient, gradient * gate if ctx.needs_input_grad[1] else None, None
+        if not ctx.needs_input_grad[1]:
+            return gradient, None, None
+        kernels = _gate_kernels_for(gradient, gate)
+        return gradient, gradient * gate if kernels is None else kernels.gated(None, gradient, gate), None
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------
@@ -191,6 +197,15 @@ class Kernels(Protocol):
     def rotated(self, x: Tensor, eps: float, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
 
     def rotated_gradient(self, x: Tensor, gradient: Tensor, eps: float, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+
+    def gated(self, hidden: Tensor | None, change: Tensor, gate: Tensor) -> Tensor: ...
+
+
+def _gate_kernels_for(change: Tensor, gate: Tensor) -> Kernels | None:
+    """Those take a gate for all tokens of a sample, or one for each."""
+    alike = gate.dim() == change.dim() == 3 and gate.shape[2] == change.shape[2] and gate.dtype == change.dtype
+    return kernels_for(change) if alike else None
 
 
 def kernels_for(x: Tensor) -> Kernels | None:

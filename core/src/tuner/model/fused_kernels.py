@@ -168,6 +168,35 @@ def _places(table: Tensor) -> tuple[int, int, int]:
     return (table.stride(0) if table.shape[0] > 1 else 0), table.stride(1), table.stride(2)
 
 
+# --- base + values · gate ----------------------------------------------------------------------------------------
+@triton.jit  # type: ignore[untyped-decorator]
+def _gate_row(  # type: ignore[no-untyped-def]
+    base, values, gate, out, tokens, columns, gate_sample, gate_token, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    inside = place < columns
+    chosen = gate + row // tokens * gate_sample + row % tokens * gate_token
+    result = tl.load(values + row * columns + place, mask=inside, other=0.0).to(tl.float32)
+    result *= tl.load(chosen + place, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BASE:
+        result += tl.load(base + row * columns + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + place, result, mask=inside)
+
+
+def gated(hidden: Tensor | None, change: Tensor, gate: Tensor) -> Tensor:
+    """hidden + change · gate, or change · gate: (B, S, D), the gate (B or 1, S or 1, D)."""
+    change = change.contiguous()
+    out = torch.empty_like(change)
+    tokens, columns = change.shape[-2:]
+    block = triton.next_power_of_2(columns)
+    _gate_row[(change.numel() // columns,)](
+        change if hidden is None else hidden.contiguous(), change, _last(gate, gate), out, tokens, columns, *_strides(gate),
+        HAS_BASE=hidden is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out
+
+
 # --- proof -------------------------------------------------------------------------------------------------------
 def differences(device: torch.device) -> dict[str, float]:
     """Relative distance of each kernel's result to that of the formula in float32, for bfloat16 tokens of odd numbers."""
@@ -199,6 +228,9 @@ def differences(device: torch.device) -> dict[str, float]:
         compare(name, norm(x, 1e-6, factor, added, given, plus_one), wanted.detach())
         (gradient,) = torch.autograd.grad(wanted, wide, up.float())
         compare(f"gradient of the {name}", norm_gradient(x, up, 1e-6, factor, given, plus_one), gradient)
+    for name, gate in (("gate of a sample", scale[:, :1]), ("gate of a token", draw(samples, tokens, width)), ("one gate", scale[:1, :1])):
+        compare(name, gated(up, x, gate), up.float() + x.float() * gate.float())
+        compare(f"gradient behind the {name}", gated(None, x, gate), x.float() * gate.float())
     wanted = fused.rotated_formula(wide, 1e-6, weight.float(), cos, sin)
     compare("turned norm", rotated(x, 1e-6, weight, cos, sin), wanted.detach())
     (gradient,) = torch.autograd.grad(wanted, wide, up.float())
