@@ -24,7 +24,8 @@ import torch
 from figures import Figure, write_json
 from plain import WORK, Shape
 from product import ProductStep, Setup
-from step import GIB, WARM_UP, describe_machine, lacks_gpu, synchronize
+from step import GIB, describe_machine, lacks_gpu, synchronize
+from step import measure as measure_step
 from tuner.train.execute import GraphExecution, PlainExecution
 
 GROUPS = {"enable_group_offload": "true", "group_offload_use_stream": "true"}
@@ -128,21 +129,8 @@ def link_speed(device: torch.device) -> float:
 
 def run(step: ProductStep, device: torch.device, steps: int) -> tuple[float, float]:
     """Median seconds, and peak GiB; warm-up included, because what a graph holds is allocated when it is captured."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(WARM_UP):
-        step()
-    synchronize(device)
-    times = []
-    for _ in range(steps):
-        started = time.perf_counter()
-        loss = step()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    if not bool(torch.isfinite(loss)):
-        raise FloatingPointError(f"the loss is {float(loss)}")
-    peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
-    return statistics.median(times), peak
+    row = measure_step("the step", step, device, steps)
+    return row.seconds, row.peak_gib or 0.0
 
 
 def walks_of(step: ProductStep, device: torch.device, total: float, graphs: bool) -> tuple[float, float]:
