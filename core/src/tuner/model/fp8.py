@@ -138,7 +138,7 @@ def _finish(found: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None
 
 _WAYS = (_by_row, _scaled_after, _in_16_bits)
 """The first one that the card has for the shapes is taken: its library has no product with a scale for each row for some of them (on
-an H200 few rows over a long sum), on some cards for none; and cards before `CAPABILITY` multiply no 8-bit floats at all."""
+an H200 for one that closes a feed-forward of LTX-2), on some cards for none; and cards before `CAPABILITY` multiply no 8-bit floats."""
 _taken: dict[object, int] = {}
 
 
