@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -114,49 +113,26 @@ def missing(task: Task) -> list[str]:
     return [name for name in task.needs if importlib.util.find_spec(name) is None]
 
 
-class Forked:
-    """A program of this folder in a copy of this process, which has imported everything already."""
+FORKING = multiprocessing.get_context("fork")
 
-    def __init__(self, command: Sequence[str], text: IO[bytes], environment: Mapping[str, str]) -> None:
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.setsid()
-                for number in (1, 2):
-                    os.dup2(text.fileno(), number)
-                os.chdir(HERE.parent)
-                os.environ.update(environment)
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                sys.argv = list(command)
-                code = int(importlib.import_module(Path(command[0]).stem).main(list(command[1:])))
-            except SystemExit as error:
-                code = int(error.code or 0) if isinstance(error.code, int | None) else 1
-            except BaseException:  # as an interpreter would
-                traceback.print_exc()
-            finally:
-                with suppress(OSError):
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                os._exit(code)
-        self.code: int | None = None
 
-    def poll(self) -> int | None:
-        """Its exit code, once it has one."""
-        if self.code is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if ended else None
-        return self.code
+def forked(command: Sequence[str], text: IO[bytes], environment: Mapping[str, str]) -> None:
+    """A program of this folder in a copy of this process, which has imported everything already; ends with its exit code."""
+    os.setsid()
+    for number in (1, 2):
+        os.dup2(text.fileno(), number)
+    os.chdir(HERE.parent)
+    os.environ.update(environment)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.argv = list(command)
+    sys.exit(importlib.import_module(Path(command[0]).stem).main(list(command[1:])))
 
-    def wait(self, timeout: float = math.inf) -> int:
-        """Its exit code. Raises `TimeoutExpired`."""
-        ends = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > ends:
-                raise subprocess.TimeoutExpired("fork", timeout)
-            time.sleep(0.1)
-        return code
+
+def touch_device() -> None:
+    """Fails where a copy of this process cannot use the device."""
+    import torch
+
+    torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def imported() -> bool:
@@ -169,14 +145,10 @@ def imported() -> bool:
 
     if torch.cuda.is_initialized():
         return False
-    trial = os.fork()
-    if trial == 0:
-        code = 1
-        with suppress(BaseException):
-            torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
-            code = 0
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(trial, 0)[1]) == 0
+    trial = FORKING.Process(target=touch_device)
+    trial.start()
+    trial.join()
+    return trial.exitcode == 0
 
 
 def carry_out(task: Task, size: str, out: Path, left: float, environment: Mapping[str, str], *, fork: bool) -> Done:
@@ -189,23 +161,25 @@ def carry_out(task: Task, size: str, out: Path, left: float, environment: Mappin
     began = time.monotonic()
     outcome = ""
     with (out / f"{task.name}.txt").open("wb") as text:
-        process: Forked | subprocess.Popen[bytes]
         if fork and task.own:
-            process = Forked(own, text, environment)
+            copy = FORKING.Process(target=forked, args=(own, text, environment))
+            copy.start()
+            pid, wait, code_of = copy.pid, copy.join, lambda: copy.exitcode
         else:
             process = subprocess.Popen(
                 [sys.executable, *own], stdout=text, stderr=subprocess.STDOUT, cwd=HERE.parent, env=dict(environment),
                 start_new_session=True,
             )  # fmt: skip
+            pid, wait, code_of = process.pid, process.wait, process.poll
         try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            outcome, code = f"stopped after {limit:.0f} s", -1
-        finally:
-            if process.poll() is None or outcome:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                wait(limit)
+        finally:  # also where this program is told to end
+            code = code_of()
+            if code is None:
+                outcome = f"stopped after {limit:.0f} s"
+                os.killpg(pid, signal.SIGKILL)
+                wait()
     found = read_figures(json_file)
     # A program may also say by its exit code that a limit was missed.
     broke = bool(code) and (all(figure.kept for figure in found) or "Traceback" in last_lines(out / f"{task.name}.txt", 200))

@@ -7,13 +7,13 @@ any kernel runs; while several run at once each counts in full, so classes may a
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 
 from product import ProductStep
 from tuner.train.execute import PlainExecution
@@ -112,12 +112,12 @@ def operations(step: ProductStep) -> int:
     """
     step.execution = PlainExecution(step.run, step.masters)
     runner: Any = step.runner
-    compiled, runner._train_block = runner._train_block, None
+    compiled, runner.train_block = runner.train_block, None
     try:
         with LiveBytes() as counter:
             step()
     finally:
-        runner._train_block = compiled
+        runner.train_block = compiled
     counted: int = counter.flops
     return counted
 
@@ -136,15 +136,8 @@ def matrix_rate(device: torch.device, *, eight_bits: bool = False) -> float:
         def product() -> object:
             return x @ y
 
-    times = []
-    for _ in range(13):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()  # type: ignore[no-untyped-call]
-        product()
-        ended.record()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize(device)
-        times.append(began.elapsed_time(ended) / 1e3)  # type: ignore[no-untyped-call]
-    return 2 * SIDE**3 / statistics.median(times[3:])
+    measured = Timer("product()", globals={"product": product}).blocked_autorange(min_run_time=0.2)
+    return float(2 * SIDE**3 / measured.median)
 
 
 def render(found: Profile) -> str:

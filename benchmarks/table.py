@@ -117,7 +117,7 @@ def main(argv: list[str]) -> int:
         setup = Setup(video_only=video_only, keys=FP8 if fp8 else {}, lanes=arguments.lanes)
         step = ProductStep(WORK[arguments.size]["head"], setup, device, arguments.size)
         if arguments.dynamo_mode:
-            step.runner._train_block = CompiledBlocks(step.family.call_block, arguments.dynamo_mode)
+            step.runner.train_block = CompiledBlocks(step.family.call_block, arguments.dynamo_mode)
         for case in chosen:
             if (case.video_only, case.fp8) != (video_only, fp8):
                 continue

@@ -12,7 +12,7 @@ import torch
 
 from tuner.interfaces.memory import MemorySession
 from tuner.model import lanes
-from tuner.model.lanes import Lane, lane_for, permitted
+from tuner.model.lanes import lane_for, permitted
 from tuner.model.runner import BlockRunner
 from tuner.testing.blocks import MixingModel, call_mixing_block
 
@@ -59,7 +59,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
 def test_what_crosses_is_waited_for_and_kept(streams: Streams) -> None:
     with permitted(True):
         lane = lane_for(streams.tensor("tokens"))
-    lane.fork(streams.tensor("given"), None)
+    lane.fork(streams.tensor("given"))
     with lane.beside():
         streams.happened.append(f"small work on {streams.now.name}")
     with lane.beside(False):
@@ -109,11 +109,3 @@ def test_the_runner_permits_it_where_weights_stay_while_a_block_computes(wanted:
     with torch.no_grad():  # sampling is not captured
         runner.run(state)
     assert asking.answers[2:] == [False] * 2
-
-
-def test_a_lane_without_a_stream_does_nothing() -> None:
-    lane = Lane()
-    lane.fork(torch.zeros(1), None)
-    with lane.beside():
-        made = torch.ones(1)
-    lane.join(made)

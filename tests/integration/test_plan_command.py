@@ -311,6 +311,6 @@ def test_the_released_model_takes_what_was_measured() -> None:
         name = (work, way, precision, keys, card)
         assert peak(jobs[work], way, precision, keys, compute) == pytest.approx(gib, rel=0.02), name
         assert seconds(jobs[work], way, card, precision, keys, compute) == pytest.approx(took, rel=0.08), name
-    # Measured before blocks kept less: 6.76 with a graph, 6.85 called plainly.
-    assert peak(jobs["head"], "all", keys={"ramtorch": True}) == pytest.approx(6.6, rel=0.03)
-    assert peak(called, "all", keys=GROUP) == pytest.approx(6.6, rel=0.05)
+    # Measured on an H200 on 2026-11-22, when a block at work took more than now: what is foreseen may be below, and not above.
+    for job, keys, before in ((jobs["head"], {"ramtorch": True}, 6.76), (called, GROUP, 6.85)):
+        assert 0.9 * before < peak(job, "all", keys=keys) <= before

@@ -39,14 +39,13 @@ class Observed(Lane):
         self.named: dict[str, set[int]] = {"fork": set(), "join": set()}
         self.held: list[Tensor] = []
 
-    def _name(self, kind: str, tensors: tuple[Tensor | None, ...]) -> None:
+    def _name(self, kind: str, tensors: tuple[Tensor, ...]) -> None:
         self.asked.append(kind)
         for tensor in tensors:
-            if tensor is not None:
-                self.held.append(tensor)  # so that no other storage gets its address
-                self.named[kind].add(tensor.untyped_storage().data_ptr())
+            self.held.append(tensor)  # so that no other storage gets its address
+            self.named[kind].add(tensor.untyped_storage().data_ptr())
 
-    def fork(self, *given: Tensor | None) -> None:
+    def fork(self, *given: Tensor) -> None:
         self._name("fork", given)
 
     def join(self, *made: Tensor) -> None:

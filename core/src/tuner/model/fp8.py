@@ -137,8 +137,8 @@ def _finish(found: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None
 
 
 _WAYS = (_by_row, _scaled_after, _in_16_bits)
-"""The first one that the card has for the shapes is taken: its library has no product with a scale for each row for some of them (on
-an H200 for one that closes a feed-forward of LTX-2), on some cards for none; and cards before `CAPABILITY` multiply no 8-bit floats."""
+"""The first one that the card's library has for the shapes is taken: a scale for each row is refused for some of them even on an H200, and
+for all on some cards."""
 _taken: dict[object, int] = {}
 
 

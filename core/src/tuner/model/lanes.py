@@ -40,13 +40,12 @@ class Lane:
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self._stream = stream
 
-    def fork(self, *given: Tensor | None) -> None:
+    def fork(self, *given: Tensor) -> None:
         """What was queued so far is done before what the lane gets from now on. `given`: all tensors made outside that it will read."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
             for tensor in given:
-                if tensor is not None:
-                    tensor.record_stream(self._stream)
+                tensor.record_stream(self._stream)
 
     @contextmanager
     def beside(self, small: bool = True) -> Iterator[None]:

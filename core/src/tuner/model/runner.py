@@ -72,7 +72,7 @@ class BlockRunner(BlockFunction):
         """`train_block`: calls a block in passes with gradients, where that is another way than `call_block`."""
         self.blocks = blocks
         self.call_block = call_block
-        self._train_block = train_block
+        self.train_block = train_block
         self.checkpointing = checkpointing or Checkpointing()
         self.session = session or MemorySession()
         self.transforms = tuple(transforms)
@@ -108,7 +108,7 @@ class BlockRunner(BlockFunction):
 
         def call(state: BlockState) -> BlockState:
             with permitted(self.lanes and not self.session.inside_blocks):
-                return (self._train_block or self.call_block)(block, state)
+                return (self.train_block or self.call_block)(block, state)
 
         return call
 

@@ -28,7 +28,8 @@ def call_block(block: nn.Module, state: BlockState) -> BlockState:
     both = len(sides) == len(SIDES)
     hidden = {name: stream.hidden for name, stream in state.streams.items()}
     lane = lane_for(hidden[VIDEO.name]) if both else Lane()
-    lane.fork(*_read_by(state, AUDIO))
+    if both:
+        lane.fork(*_read_by(state, AUDIO))
     vectors = {}
     for side in sides:
         with lane.beside(side is AUDIO):
@@ -51,11 +52,10 @@ def call_block(block: nn.Module, state: BlockState) -> BlockState:
 
 def _read_by(state: BlockState, side: Side) -> Iterator[Tensor]:
     """What a stream's own part of a block reads beside the block's weights."""
-    if side.name in state.streams:
-        stream = state.streams[side.name]
-        yield stream.hidden
-        yield from (aligned.tensor for aligned in stream.aligned.values())
-        yield from (tensor for name, tensor in state.shared.items() if name.startswith(f"{side.name}."))
+    stream = state.streams[side.name]
+    yield stream.hidden
+    yield from (aligned.tensor for aligned in stream.aligned.values())
+    yield from (tensor for name, tensor in state.shared.items() if name.startswith(f"{side.name}."))
 
 
 def _vectors(table: Tensor, state: BlockState, side: Side, name: str) -> tuple[Tensor, ...]:
