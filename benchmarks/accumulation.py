@@ -1,25 +1,27 @@
 """Gradient accumulation over streamed weights: blocks take all batches of a step while their weights are there, or one at a time.
 
     python benchmarks/accumulation.py                  # LTX-2 2.0 at real size, random weights; needs a GPU
+    python benchmarks/accumulation.py --only layer     # rows whose name contains one of these words
     python benchmarks/accumulation.py --size tiny      # the same program on a CPU
 
-The bound is what the batches cost with resident weights, measured in the same process. Four batches of one clip of 832x480 and 17 frames
-should take at most 1.2 times that.
+Computing is what the batches cost with resident bf16 weights, measured in the same process; four batches of one clip of 832x480 and 17
+frames should take at most 1.2 times that. Loading is what the streamed weights take to cross the link as often as the order asks for it, at
+the bandwidth of a large pinned copy, measured here too: where it is longer than computing, nothing that streams all weights can be faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from figures import Figure, write_json
-from memory import GROUPS, free, link_speed, run
-from plain import WORK
+from memory import GROUPS, INT8, block_bytes, free, link_speed, run
+from plain import WORK, Size
 from product import ProductStep, Setup
 from step import describe_machine, lacks_gpu
 
@@ -27,25 +29,69 @@ LIMIT = 1.2
 
 
 @dataclass(frozen=True)
-class Row:
+class Case:
     """One line of the table."""
 
-    weights: str
+    name: str
     order: str
-    peak_gib: float
+    keys: Mapping[str, str]
+    streamed: float = 0.0
+    """Share of the blocks that is."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one took. Seconds a step."""
+
+    name: str
     seconds: float
+    peak_gib: float
+    loading: float
     ratio: float
-    """To the same batches with resident weights."""
+    """To computing."""
+    limit: float | None
 
 
-def figures(rows: list[Row]) -> list[Figure]:
-    """Of those with streamed weights."""
+def cases(blocks: int) -> list[Case]:
+    """The resident one first, because the others are measured against it."""
+    swapped = blocks * 19 // 24  # so many that they cross the link twice in 1.1 times what four batches compute on an H200
+    swap = {"musubi_blocks_to_swap": str(swapped)}
+    return [
+        Case("resident", "batch", {}),
+        Case("streamed", "layer", GROUPS, 1),
+        Case("streamed, int8", "layer", GROUPS | INT8, 1),
+        Case(f"{swapped} of {blocks} blocks streamed", "layer", swap, swapped / blocks),
+        Case("streamed", "batch", GROUPS, 1),
+    ]
+
+
+def show(row: Row, computing: float) -> None:
+    """One line of the table."""
+    asked = f" (at most {row.limit:g})" if row.limit else ""
+    times = f"{row.seconds:.3f} | {computing:.3f} | {row.loading:.3f} | {row.ratio:.2f}{asked}"
+    print(f"| {row.name} | {row.peak_gib:.2f} | {times} |", flush=True)
+
+
+def figures(rows: Sequence[Row]) -> list[Figure]:
+    """Seconds, peak and ratio of each."""
     found = []
     for row in rows:
-        name = f"{row.weights}, {row.order} order"
-        limit = LIMIT if row.order == "layer" else None
-        found += [Figure(f"{name}, step", row.seconds), Figure(f"{name}, against resident", row.ratio, "", limit)]
+        found += [
+            Figure(f"{row.name}, step", row.seconds), Figure(f"{row.name}, peak", row.peak_gib, "GiB"),
+            Figure(f"{row.name}, against resident", row.ratio, "", row.limit),
+        ]  # fmt: skip
     return found
+
+
+def measure(case: Case, batches: int, steps: int, graphs: bool, size: Size, device: torch.device, speed: float) -> Row:
+    """Builds the model, times steps, and frees it; the ratio is left at 1."""
+    setup = Setup(batches=batches, graphs=graphs, together=case.order == "layer", keys=case.keys)
+    step = ProductStep(replace(WORK[size]["head"], batch=1), setup, device, size)
+    walks = 2 if case.order == "layer" else 2 * batches
+    loading = walks * case.streamed * block_bytes(step) / speed
+    seconds, peak = run(step, device, steps)
+    free(step, device)
+    return Row(f"{case.name}, {case.order} order", seconds, peak, loading, 1, LIMIT if case.order == "layer" else None)
 
 
 def main(argv: list[str]) -> int:
@@ -55,30 +101,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay the step as a CUDA graph")
+    parser.add_argument("--only", default="", help="the resident row, and those whose name has one of these words, separated by commas")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if lacks_gpu(arguments.size, device):
         return 3
-    machine = describe_machine(device)
+    machine, speed = describe_machine(device), link_speed(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
-    print(f"link: {link_speed(device) / 1e9:.1f} GB/s pinned, measured here")
+    print(f"link: {speed / 1e9:.1f} GB/s pinned, measured here")
     print(f"every block recomputed, LoRA rank 32, {arguments.batches} batches of one clip\n")
-    print("| Weights | Order | peak GiB | s/step | bound, s | ratio |\n|---|---|---|---|---|---|")
-    shape = replace(WORK[arguments.size]["head"], batch=1)
-    setup = partial(Setup, batches=arguments.batches, graphs=arguments.graphs and device.type == "cuda")
-    bound = None
+    print("| Weights, order | peak GiB | s/step | computing, s | loading, s | ratio to computing |\n|---|---|---|---|---|---|", flush=True)
+    graphs = arguments.graphs and device.type == "cuda"
+    words = arguments.only.split(",")
     rows: list[Row] = []
-    for weights, order, keys in (("resident", "batch", {}), ("streamed", "batch", GROUPS), ("streamed", "layer", GROUPS)):
-        step = ProductStep(shape, setup(together=order == "layer", keys=keys), device, arguments.size)
-        seconds, peak = run(step, device, arguments.steps)
-        bound = bound or seconds
-        asked = f" (at most {LIMIT:g})" if order == "layer" else ""
-        print(f"| {weights} | {order} | {peak:.2f} | {seconds:.3f} | {bound:.3f} | {seconds / bound:.2f}{asked} |", flush=True)
-        rows.append(Row(weights, order, peak, seconds, seconds / bound))
-        write_json(arguments.json, machine, rows, figures(rows))
-        free(step, device)
-        del step
+    for case in cases(48 if arguments.size == "real" else 2):
+        if case.streamed and not any(word in f"{case.name}, {case.order} order" for word in words):
+            continue
+        row = measure(case, arguments.batches, arguments.steps, graphs, arguments.size, device, speed)
+        computing = rows[0].seconds if rows else row.seconds
+        rows.append(replace(row, ratio=row.seconds / computing))
+        show(rows[-1], computing)
+        write_json(arguments.json, machine, rows, figures(rows), link=speed)
     return 0
 
 

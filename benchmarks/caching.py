@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoint import DEFAULTS
 from figures import Figure, write_json
 from plain import default_dtype
 from step import describe_machine, lacks_gpu, synchronize
@@ -62,7 +63,7 @@ class RandomVae(WeightSource):
     location = Path()
 
     def __init__(self, size: str, dtype: torch.dtype, device: torch.device) -> None:
-        config: dict[str, Mapping[str, object]] = {"vae": {} if size == "real" else _video_arguments(newer=False)}  # of the class: 2.0
+        config: dict[str, Mapping[str, object]] = {"vae": DEFAULTS["vae"] if size == "real" else _video_arguments(newer=False)}
         self.variant = Variant("ltxvideo2", "2.0", config)
         with default_dtype(dtype), device:  # where drawing the first values takes no time
             self.network = make_part("vae", self.variant).cpu()
@@ -121,6 +122,15 @@ def write_clips(folder: Path, count: int, width: int, height: int, frames: int, 
         list(threads.map(write, range(count)))
 
 
+@torch.no_grad()
+def warm_up(manifest: Manifest, source: RandomVae, dtype: torch.dtype, device: torch.device) -> None:
+    """Encodes a clip of the first one's shape: libraries look for their kernels the first time."""
+    shape = manifest.items[0].shape
+    pixels = torch.zeros(1, 3, shape.frames, shape.height, shape.width, dtype=dtype, device=device)
+    source.network.to(device).encode(pixels)
+    synchronize(device)
+
+
 def plain_loop(manifest: Manifest, source: RandomVae, dtype: torch.dtype, device: torch.device, folder: Path) -> tuple[float, float]:
     """Seconds in all, and in the VAE."""
     vae = source.network.to(device)
@@ -162,8 +172,7 @@ def main(argv: list[str]) -> int:
     width, height, frames = (832, 480, 49) if real else (96, 64, 17)
     machine = describe_machine(device)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
-    print(f"{arguments.clips} clips of {width}x{height} and {frames} frames\n")
-    print("| Caching | s in all | clips/s | s in the encoder | busy |\n|---|---|---|---|---|")
+    print(f"{arguments.clips} clips of {width}x{height} and {frames} frames", flush=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_clips(folder / "clips", arguments.clips, width, height, frames)
@@ -172,17 +181,25 @@ def main(argv: list[str]) -> int:
         (folder / "data.json").write_text(
             f'[{{"id": "clips", "instance_data_dir": "{folder / "clips"}", "video": {{"num_frames": {frames}}}}}]'
         )
+        began = time.perf_counter()
         manifest = scan(load_datasets(folder / "data.json", None, data, {}), data, LTX2Family.geometry)
         source = RandomVae(arguments.size, dtype, device)
-        rows = {"plain loop over diffusers' VAE": plain_loop(manifest, source, dtype, device, folder)}
-        encoder = TimedEncoder(source, source.variant, dtype)
-        rows["tuner"] = product(manifest, encoder, device, arguments.batch_size)
-    for name, (total, busy) in rows.items():
-        asked = f" (at least {BUSY:.0%})" if name == "tuner" else ""
-        print(f"| {name} | {total:.2f} | {arguments.clips / total:.2f} | {busy:.2f} | {busy / total:.0%}{asked} |")
-    measured = [Row(name, total, busy / total) for name, (total, busy) in rows.items()]
-    shares = [Figure(f"{row.name}, encoder busy", row.busy, "", least=BUSY if real and row.name == "tuner" else None) for row in measured]
-    write_json(arguments.json, machine, measured, [*(Figure(f"{row.name}, in all", row.seconds) for row in measured), *shares])
+        warm_up(manifest, source, dtype, device)
+        print(f"clips examined, VAE made and warm: {time.perf_counter() - began:.1f} s\n")
+        print("| Caching | s in all | clips/s | s in the encoder | busy |\n|---|---|---|---|---|", flush=True)
+        rows: list[Row] = []
+
+        def add(name: str, total: float, busy: float) -> None:
+            rows.append(Row(name, total, busy / total))
+            asked = f" (at least {BUSY:.0%})" if name == "tuner" else ""
+            print(f"| {name} | {total:.2f} | {arguments.clips / total:.2f} | {busy:.2f} | {busy / total:.0%}{asked} |", flush=True)
+            shares = [
+                Figure(f"{row.name}, encoder busy", row.busy, "", least=BUSY if real and row.name == "tuner" else None) for row in rows
+            ]
+            write_json(arguments.json, machine, rows, [*(Figure(f"{row.name}, in all", row.seconds) for row in rows), *shares])
+
+        add("plain loop over diffusers' VAE", *plain_loop(manifest, source, dtype, device, folder))
+        add("tuner", *product(manifest, TimedEncoder(source, source.variant, dtype), device, arguments.batch_size))
     return 0
 
 

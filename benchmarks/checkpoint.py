@@ -24,7 +24,8 @@ from tuner_ltxvideo2.loading import empty_part, part_class
 from tuner_ltxvideo2.tiny import write_tiny
 
 DEFAULTS: Mapping[str, Mapping[str, object]] = {
-    "transformer": {"rope_type": "split"}, "connectors": {"rope_type": "split"}, "vae": {}, "audio_vae": {}, "vocoder": {},
+    "transformer": {"rope_type": "split"}, "connectors": {"rope_type": "split"},
+    "vae": {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8}, "audio_vae": {}, "vocoder": {},
 }  # fmt: skip
 """What 2.0 has otherwise than the defaults of diffusers' classes."""
 DRAWN = 1 << 26

@@ -80,9 +80,8 @@ def tasks(size: str, scratch: Path) -> list[Task]:
     shallow = ["--blocks", "1", "--small"] if quick else []
     every = [
         Task("tests", ["-m", "pytest", *tests, *together, "-v", "--tb=short", "-p", "no:cacheprovider"], 200, ("pytest", "av"), own=False),
-        Task("table", ["table.py", *steps, "--only", "bf16"], 110),
-        Task("table-fp8", ["table.py", *steps, "--only", "fp8"], 100),
-        Task("table-lanes", ["table.py", *steps, "--lanes", "2", "--skip", "video alone"], 130),
+        Task("table", ["table.py", *steps, "--lanes", "1,2", "--only", "bf16"], 160),
+        Task("table-fp8", ["table.py", *steps, "--lanes", "1,2", "--only", "fp8"], 130),
         Task("gradients", ["gradients.py", "--compiled", "no", *shallow], 220, sized=False),
         Task("memory", [*memory, "--rows", "head,121f"], 260),
         Task("memory-video", [*memory, "--rows", "video"], 60),

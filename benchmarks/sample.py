@@ -54,10 +54,25 @@ class Row:
     name: str
     seconds: float
     """Median of the timed clips."""
+    denoising: float
+    """Of it, until the last latents are there."""
     peak_gib: float | None
     """None on the CPU, where it is not measured."""
     beside_gib: float | None
     """Of it, what was not there before sampling."""
+
+
+class Clock:
+    """Tells when the latents of a clip are there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.denoised = 0.0
+
+    def mark(self) -> None:
+        """Now they are."""
+        synchronize(self.device)
+        self.denoised = time.perf_counter()
 
 
 class Parts:
@@ -99,8 +114,9 @@ class HeldAudio(Held, AudioDecoder):
     """The audio VAE and the vocoder."""
 
 
-def product(parts: Parts, request: SampleRequest, text: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Generated:
+def product(parts: Parts, request: SampleRequest, text: Mapping[str, Tensor], clock: Clock, dtype: torch.dtype) -> Generated:
     """What `LTX2Family.sample` does with a request that brings its text."""
+    device = clock.device
     family = LTX2Family(LTX2Options(), BuildContext(device, dtype, 0, 0, Path()))
     blocks = BlockRunner(family.block_set(parts.transformer), family.call_block)
 
@@ -109,6 +125,7 @@ def product(parts: Parts, request: SampleRequest, text: Mapping[str, Tensor], de
 
     start = sampling.Start.of(request, STREAMS, {})
     latents = sampling.denoise(predict, request, sampling.Prompt(text, text), start, family.token_shift, device)
+    clock.mark()
     source: Any = None  # the networks are there already
     video, audio = HeldVideo(source, parts.variant, dtype), HeldAudio(source, parts.variant, dtype)
     video.held = {"vae": parts.vae}
@@ -116,8 +133,9 @@ def product(parts: Parts, request: SampleRequest, text: Mapping[str, Tensor], de
     return sampling.decode([request], [latents], video, audio, device)[0]
 
 
-def peer(parts: Parts, size: Size, device: torch.device) -> tuple[LTX2Pipeline, Callable[[SampleRequest], object]]:
+def peer(parts: Parts, size: Size, clock: Clock) -> tuple[LTX2Pipeline, Callable[[SampleRequest], object]]:
     """diffusers' pipeline with all networks on the device but the text encoder."""
+    device = clock.device
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, max_image_seq_len=4096, shift_terminal=0.1
     )
@@ -131,6 +149,11 @@ def peer(parts: Parts, size: Size, device: torch.device) -> tuple[LTX2Pipeline, 
     states = torch.randn(1, TEXT_TOKENS[size], config.caption_channels * config.text_proj_in_factor, device=device, dtype=parts.vae.dtype)
     mask = torch.ones(1, TEXT_TOKENS[size], device=device, dtype=torch.int64)
 
+    def stepped(pipeline: LTX2Pipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step + 1 == pipeline.num_timesteps:
+            clock.mark()
+        return tensors
+
     def run(request: SampleRequest) -> object:
         return pipeline(
             prompt_embeds=states, prompt_attention_mask=mask, negative_prompt_embeds=states, negative_prompt_attention_mask=mask,
@@ -138,15 +161,16 @@ def peer(parts: Parts, size: Size, device: torch.device) -> tuple[LTX2Pipeline, 
             num_inference_steps=request.steps, guidance_scale=request.guidance, audio_guidance_scale=request.guidance, stg_scale=0.0,
             audio_stg_scale=0.0, modality_scale=1.0, audio_modality_scale=1.0, guidance_rescale=0.0, audio_guidance_rescale=0.0,
             spatio_temporal_guidance_blocks=None, generator=torch.Generator().manual_seed(request.seed),
-            output_type="np", return_dict=False,
+            output_type="np", return_dict=False, callback_on_step_end=stepped,
         )
 
     return pipeline, run
 
 
-def measure(name: str, make: Callable[[SampleRequest], object], request: SampleRequest, device: torch.device, clips: int) -> Row:
+def measure(name: str, make: Callable[[SampleRequest], object], request: SampleRequest, clock: Clock, clips: int) -> Row:
     """Times `clips` clips after one of two steps to warm up."""
     make(replace(request, steps=2))
+    device = clock.device
     before, times = 0, []
     if device.type == "cuda":
         gc.collect()
@@ -158,17 +182,18 @@ def measure(name: str, make: Callable[[SampleRequest], object], request: SampleR
         started = time.perf_counter()
         make(request)
         synchronize(device)
-        times.append(time.perf_counter() - started)
+        times.append((time.perf_counter() - started, clock.denoised - started))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return Row(name, statistics.median(times), None if peak is None else peak / GIB, None if peak is None else (peak - before) / GIB)
+    seconds, denoising = (statistics.median(taken) for taken in zip(*times, strict=True))
+    return Row(name, seconds, denoising, *((None, None) if peak is None else (peak / GIB, (peak - before) / GIB)))
 
 
 def render(rows: list[Row]) -> str:
     """The table as Markdown."""
-    lines = ["| Sampling | s/clip | peak GiB | of it for sampling |", "|---|---|---|---|"]
+    lines = ["| Sampling | s/clip | of it denoising | peak GiB | of it for sampling |", "|---|---|---|---|---|"]
     for row in rows:
         peak, beside = ("-" if value is None else f"{value:.1f}" for value in (row.peak_gib, row.beside_gib))
-        lines.append(f"| {row.name} | {row.seconds:.2f} | {peak} | {beside} |")
+        lines.append(f"| {row.name} | {row.seconds:.2f} | {row.denoising:.2f} | {peak} | {beside} |")
     return "\n".join(lines)
 
 
@@ -199,10 +224,11 @@ def main(argv: list[str]) -> int:
     parts = Parts(arguments.size, device, dtype)
     channels = int(parts.transformer.config.caption_channels)
     text = {name: torch.randn(1, TEXT_TOKENS[arguments.size], channels, device=device, dtype=dtype) for name in STREAMS}
-    rows = [measure("tuner", lambda asked: product(parts, asked, text, device, dtype), request, device, arguments.clips)]
+    clock = Clock(device)
+    rows = [measure("tuner", lambda asked: product(parts, asked, text, clock, dtype), request, clock, arguments.clips)]
     print(render(rows), flush=True)
-    pipeline, run = peer(parts, arguments.size, device)
-    rows.append(measure("diffusers, LTX2Pipeline", run, request, device, arguments.clips))
+    pipeline, run = peer(parts, arguments.size, clock)
+    rows.append(measure("diffusers, LTX2Pipeline", run, request, clock, arguments.clips))
     del pipeline
     print(render(rows))
     mine, other = (row.seconds for row in rows)

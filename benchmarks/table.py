@@ -80,9 +80,9 @@ def outside() -> str:
 
 def figures(done: Sequence[tuple[Case, Row]], *, limits: bool) -> list[Figure]:
     """Seconds and peak of each."""
-    times = [Figure(f"{case.name}, step", row.seconds, most=case.seconds if limits else None) for case, row in done]
+    times = [Figure(f"{row.name}, step", row.seconds, most=case.seconds if limits else None) for case, row in done]
     peaks = [
-        Figure(f"{case.name}, peak", row.peak_gib, "GiB", case.gib if limits else None) for case, row in done if row.peak_gib is not None
+        Figure(f"{row.name}, peak", row.peak_gib, "GiB", case.gib if limits else None) for case, row in done if row.peak_gib is not None
     ]
     return times + peaks
 
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", help="only rows whose name contains one of these words, separated by commas")
     parser.add_argument("--skip", default="", help="not those whose name contains one of these words")
     parser.add_argument("--dynamo_mode", default="", help="compile the blocks in this mode of torch.compile")
-    parser.add_argument("--lanes", type=int, choices=(1, 2), default=1, help="cuda_graph_lanes: small work beside large work")
+    parser.add_argument("--lanes", default="1", metavar="1|2|1,2", help="cuda_graph_lanes: small work beside large work, or each in turn")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
@@ -109,12 +109,12 @@ def main(argv: list[str]) -> int:
         print(f"a large bf16 product: {rate / 1e12:.0f}e12 operations a second; in 8 bits {eight_bits / 1e12:.0f}e12")
     columns = ("Step", "s (median)", "fastest - slowest", "peak GiB", "GiB outside torch", "of a large product's rate")
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-    more = ", compiled" * bool(arguments.dynamo_mode) + ", two lanes" * (arguments.lanes > 1)
+    lanes = [int(count) for count in arguments.lanes.split(",")]
     done: list[tuple[Case, Row]] = []
     wanted, unwanted = arguments.only.split(","), [word for word in arguments.skip.split(",") if word]
     chosen = [c for c in CASES if any(word in c.name for word in wanted) and not any(word in c.name for word in unwanted)]
     for video_only, fp8 in dict.fromkeys((case.video_only, case.fp8) for case in chosen):
-        setup = Setup(video_only=video_only, keys=FP8 if fp8 else {}, lanes=arguments.lanes)
+        setup = Setup(video_only=video_only, keys=FP8 if fp8 else {})
         step = ProductStep(WORK[arguments.size]["head"], setup, device, arguments.size)
         if arguments.dynamo_mode:
             step.runner.train_block = CompiledBlocks(step.family.call_block, arguments.dynamo_mode)
@@ -125,15 +125,18 @@ def main(argv: list[str]) -> int:
             count = len(step.runner.blocks)
             step.runner.checkpointing = Checkpointing.every(count) if case.recomputed else Checkpointing()
             counted = operations(step)
-            step.execution = (GraphExecution if device.type == "cuda" else PlainExecution)(step.run, step.masters)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            row = measure(case.name + more, step, device, arguments.steps)
-            done.append((case, replace(row, operations=counted)))
-            show(*done[-1], rate)
-            found = figures(done, limits=arguments.size == "real")
-            write_json(arguments.json, machine, [row for _, row in done], found, steps=arguments.steps)
+            for count in lanes if not video_only else lanes[:1]:
+                step.runner.lanes = count > 1
+                step.execution = (GraphExecution if device.type == "cuda" else PlainExecution)(step.run, step.masters)
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                more = ", compiled" * bool(arguments.dynamo_mode) + ", two lanes" * (count > 1)
+                row = measure(case.name + more, step, device, arguments.steps)
+                done.append((case, replace(row, operations=counted)))
+                show(*done[-1], rate)
+                found = figures(done, limits=arguments.size == "real")
+                write_json(arguments.json, machine, [row for _, row in done], found, steps=arguments.steps)
         step.close()
         del step
     return 0

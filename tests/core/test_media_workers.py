@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from core.jobs import act, has_torch, letters
 from tuner.data.container import DecoderFailed
 from tuner.data.prefetch import Prefetcher
 from tuner.data.workers import DecodeWorkers, in_worker
-from tuner.errors import DataError
+from tuner.errors import DataError, EnvironmentProblem
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +47,47 @@ def test_hang_and_death_are_named_and_the_others_go_on() -> None:
 
 
 def test_a_consumer_that_stops_early_leaves_no_process() -> None:
-    before = set(multiprocessing.active_children())
     own = DecodeWorkers(2)
-    stream = own.map(act, [(Path(str(i)), "hang" if i else "letters") for i in range(4)])
-    assert next(stream) == 1
+    stream = own.map(act, [(Path(what), what) for what in ("who", "who", "hang", "hang")])
+    found = [next(stream), next(stream)]
     stream.close()  # type: ignore[attr-defined]
     own.close()
-    assert set(multiprocessing.active_children()) <= before
+    for process in found:
+        assert isinstance(process, int)
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_one_that_ended_while_it_had_nothing_to_do_is_replaced() -> None:
+    with DecodeWorkers(1) as own:
+        first = in_worker(own, act, Path("who"), "who")
+        os.kill(first, signal.SIGKILL)
+        while Path(f"/proc/{first}/stat").read_text().split()[2] != "Z":
+            time.sleep(0.01)
+        assert in_worker(own, act, Path("who"), "who") != first
+
+
+def test_a_main_program_without_a_guard_can_decode(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "print('once')\n"
+        "from pathlib import Path\n"
+        "from core.jobs import letters\n"
+        "from tuner.data.workers import DecodeWorkers, in_worker\n"
+        "with DecodeWorkers(1) as workers:\n"
+        "    print(in_worker(workers, letters, Path('four')))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
+    assert (ran.returncode, ran.stdout.split(), ran.stderr) == (0, ["once", "4"], "")
+
+
+def test_an_interpreter_that_does_not_start_is_an_environment_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, said in (("/bin/false", "itself has said"), ("/nowhere/python", "No such file")):
+        monkeypatch.setattr(sys, "executable", name)
+        with DecodeWorkers(2) as own, pytest.raises(EnvironmentProblem, match="cannot start") as caught:
+            in_worker(own, letters, Path("four"))
+        assert said in f"{caught.value}{caught.value.remedy}"
 
 
 def test_no_more_than_asked_for_is_made_ahead(workers: DecodeWorkers) -> None:

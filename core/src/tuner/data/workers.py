@@ -1,19 +1,25 @@
 """Worker processes for decoding: a decoder that hangs or dies costs one clip, not the run.
 
 Each worker works on one clip at a time over a pipe of its own, so that exactly the worker that is stuck is ended, and replaced.
+
+Special here: workers are interpreters of their own, started all at once, and not multiprocessing's. Those read the program's main module
+again, one after the other: where that imports torch, decoding began after half a minute, and a program without a guard around its main
+part could not decode at all.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, Pipe, wait
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -27,6 +33,11 @@ GLANCE = 0.2
 """Seconds after which a waiting `map` looks whether it is to stop."""
 START_SECONDS = 120.0
 """A process that has not come up by then never will."""
+
+
+def _serve_pipe(number: int) -> None:
+    """A worker's program. `number`: the file descriptor of its pipe."""
+    _serve(Connection(number))
 
 
 def _serve(pipe: Connection) -> None:
@@ -49,33 +60,43 @@ def _serve(pipe: Connection) -> None:
 
 class _Worker:
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # forking a process that holds CUDA or threads is not safe
-        self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.ready = False
-
-    def await_ready(self) -> None:
-        """Raises `EnvironmentProblem` when the process cannot start at all."""
-        if self.ready:
-            return
+        self.pipe, theirs = Pipe()
+        number = theirs.fileno()
+        program = f"import sys; sys.path[:] = {sys.path!r}; from tuner.data import workers; workers._serve_pipe({number})"
         try:
-            self.ready = self.pipe.poll(START_SECONDS) and self.pipe.recv() == "ready"
-        except (EOFError, OSError):
-            self.ready = False
+            self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=(number,))
+        except OSError as error:
+            self.pipe.close()
+            raise _cannot_start(error) from error
+        finally:
+            theirs.close()
+        self.ready = False
+        # One that hangs would not see that this process has ended.
+        self._at_exit = weakref.finalize(self, _kill, self.process)
+
+    def begin(self) -> None:
+        """Takes its first word. Raises `EnvironmentProblem` where there is none."""
+        with suppress(EOFError, OSError):
+            self.ready = self.pipe.recv() == "ready"
         if not self.ready:
             self.end()
-            raise EnvironmentProblem(
-                "worker processes for decoding cannot start", where="decoding",
-                remedy="a program that calls this must do so under `if __name__ == '__main__'`",
-            )  # fmt: skip
+            raise _cannot_start()
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.process.close()
+        self._at_exit()
         self.pipe.close()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _cannot_start(error: OSError | None = None) -> EnvironmentProblem:
+    what = "worker processes for decoding cannot start"
+    if error is None:
+        return EnvironmentProblem(what, where="decoding", remedy="see what the process itself has said")
+    return EnvironmentProblem(f"{what}: {error}", where="decoding", remedy="end other programs, or ask for more processes")
 
 
 @dataclass(frozen=True)
@@ -145,10 +166,20 @@ class DecodeWorkers:
                 job.worker.end()
 
     def _start(self, index: int, function: Callable[..., T], task: tuple[Any, ...]) -> _Job:
-        worker = self._idle.pop() if self._idle else _Worker()
-        worker.await_ready()
-        worker.pipe.send((function, task))
-        return _Job(index, worker, time.monotonic() + self._timeout, str(task[0]))
+        worker = self._worker()
+        with suppress(OSError):  # its end is seen where its answer is waited for
+            worker.pipe.send((function, task))
+        limit = self._timeout if worker.ready else START_SECONDS
+        return _Job(index, worker, time.monotonic() + limit, str(task[0]))
+
+    def _worker(self) -> _Worker:
+        """One that has nothing to do and has not ended meanwhile, or a new one."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.process.poll() is None:
+                return worker
+            worker.end()
+        return _Worker()
 
     def _collect(self, jobs: dict[Connection, _Job], done: dict[int, T | DataError]) -> None:
         """Waits for an answer, a death or a deadline."""
@@ -159,19 +190,26 @@ class DecodeWorkers:
         answered = set(wait(list(jobs), max(0.0, rest)))
         for pipe in [pipe for pipe in jobs if pipe in answered]:
             job = jobs.pop(pipe)
-            done[job.index] = self._receive(job)
+            if job.worker.ready:
+                done[job.index] = self._receive(job)
+            else:
+                job.worker.begin()
+                jobs[pipe] = replace(job, deadline=time.monotonic() + self._timeout)
         for pipe, job in list(jobs.items()):
             if time.monotonic() > job.deadline and not pipe.poll():
                 del jobs[pipe]
                 job.worker.end()
+                if not job.worker.ready:
+                    raise _cannot_start()
                 done[job.index] = DecoderFailed(f"decoding did not end within {self._timeout:g} seconds", where=job.where)
 
     def _receive(self, job: _Job) -> Any:
         try:
             value, error = job.worker.pipe.recv()
         except (EOFError, OSError):
-            job.worker.process.join(START_SECONDS)
-            code = job.worker.process.exitcode
+            with suppress(subprocess.TimeoutExpired):
+                job.worker.process.wait(START_SECONDS)
+            code = job.worker.process.returncode
             job.worker.end()
             hint = ", perhaps because the machine ran out of memory" if code == -signal.SIGKILL else ""
             return DecoderFailed(f"the decoder died (exit code {code}{hint})", where=job.where)
