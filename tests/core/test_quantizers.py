@@ -21,6 +21,7 @@ from tuner.config.options import Options
 from tuner.config.settings import AdapterSettings
 from tuner.errors import ConfigError, EnvironmentProblem
 from tuner.interfaces.blocks import BlockState
+from tuner.model import fp8
 from tuner.model.adapters import add_adapters, resolve_targets
 from tuner.model.placing import RunMemory
 from tuner.model.quantized import QuantizedLinear, map_pieces, pieces
@@ -244,6 +245,42 @@ def test_gradients_of_adapters_are_the_same_with_checkpointing_and_close_to_thos
         assert torch.equal(gradient, recomputed[name])
     off = math.sqrt(sum(float((kept[n] - plain[n]).square().sum()) for n in plain) / sum(float(g.square().sum()) for g in plain.values()))
     assert off < {"int8": 0.01, "fp8-": 0.04, "int4": 0.15}[quantizer.name[:4]], off
+
+
+def taken_together(model: MixingModel, batches: int, counted: list[int]) -> list[Tensor]:
+    """Gradients of several batches that each block takes together; `counted` gets the layers quantized in all and left with something."""
+    runner = BlockRunner(model.block_set(), call_mixing_block, checkpointing=Checkpointing.every(3))
+    passed = runner.run_all([state_of(model) for _ in range(batches)])
+    torch.stack([out.square().mean() for after, _ in passed for out in model.exit(after).values()]).sum().backward()
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    counted += [len(layers), sum(layer.kept is not None for layer in layers)]
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def test_batches_that_a_block_takes_together_dequantize_it_once_on_each_way(quantizer: LinearQuantizer) -> None:
+    plain, model, calls = mixing(quantizer), mixing(quantizer), []
+    for _ in range(3):
+        gradients(plain, Checkpointing.every(3))
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.expand = lambda weight, dtype, expand=layer.expand: calls.append(weight) or expand(weight, dtype)
+    found = taken_together(model, 3, counted := [])
+    assert all(torch.equal(a, b.grad) for a, b in zip(found, (p for p in plain.parameters() if p.grad is not None), strict=True))
+    layers, left = counted
+    assert len(calls) == 2 * layers > 0 and left == 0
+
+
+def test_an_eight_bit_weight_is_turned_once_for_batches_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounder = built(COMPONENTS["fp8-torchao"])
+    rounder.compute = "fp8"
+    plain, model, calls = mixing(rounder), mixing(rounder), []
+    for _ in range(3):
+        gradients(plain, Checkpointing.every(3))
+    turn = fp8.transposed
+    monkeypatch.setattr(fp8, "transposed", lambda values: calls.append(values) or turn(values))
+    found = taken_together(model, 3, counted := [])
+    assert all(torch.equal(a, b.grad) for a, b in zip(found, (p for p in plain.parameters() if p.grad is not None), strict=True))
+    assert 0 < len(calls) <= counted[0]
 
 
 def test_while_a_part_is_read_one_block_at_most_is_held_unquantized() -> None:

@@ -55,7 +55,8 @@ class Fp8Linear(QuantizedLinear):
     def input_gradient(self, gradient: Tensor, into: Tensor | None = None) -> Tensor:
         values, scale = self.parts(self.weight)
         rows, row_scale = rounded_rows(gradient, scale.view(1, -1))
-        found = scaled_product(rows, row_scale, transposed(values), _ones(self.in_features, gradient.device), gradient.dtype)
+        turned = self.once("transposed", lambda: transposed(values))
+        found = scaled_product(rows, row_scale, turned, _ones(self.in_features, gradient.device), gradient.dtype)
         return found if into is None else into.add_(found)
 
 

@@ -10,14 +10,16 @@ Dimensions: N out, K in, B samples, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+Made = TypeVar("Made")
 Expand = Callable[[Any, torch.dtype], Tensor]
 """(quantized weight, dtype) -> a new plain tensor of its N·K values, row by row."""
 
@@ -29,6 +31,8 @@ class QuantizedLinear(nn.Linear):
     """
 
     expand: Expand
+    kept: dict[object, Any] | None = None
+    """What was made of the weight already, inside `made_once`."""
 
     def forward(self, input: Tensor, *prepared: Any) -> Tensor:
         """(B, S, K) or (S, K) -> (..., N). `prepared`: what `prepare` gave for the same input."""
@@ -50,9 +54,18 @@ class QuantizedLinear(nn.Linear):
         return added_product(gradient, self.dense(gradient.dtype), into)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight as a new plain (N, K) tensor."""
+        """The weight as a plain (N, K) tensor: a new one, or inside `made_once` the one of the first call, which nobody may write to."""
         # The shape is the layer's: to ask the weight for its own would be dispatched.
-        return self.expand(self.weight, dtype).view(self.out_features, self.in_features)
+        return self.once(dtype, lambda: self.expand(self.weight, dtype).view(self.out_features, self.in_features))
+
+    def once(self, name: object, make: Callable[[], Made]) -> Made:
+        """What `make` returns; inside `made_once` it is called for the first of all calls with that `name`."""
+        if torch.compiler.is_compiling() or self.kept is None:
+            return make()
+        if name not in self.kept:
+            self.kept[name] = make()
+        made: Made = self.kept[name]
+        return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # `.to(device)` piece by piece: the libraries would repack the whole weight for kernels of their own. A change of dtype leaves
@@ -67,6 +80,18 @@ class QuantizedLinear(nn.Linear):
         moved = map_pieces(weight, lambda piece: _same_dtype(piece, fn(piece)))
         self._parameters["weight"] = nn.Parameter(moved, requires_grad=False)
         return self
+
+
+@contextmanager
+def made_once(layers: Sequence[QuantizedLinear]) -> Iterator[None]:
+    """Inside, each of `layers` makes of its weight what products need once, and keeps it to the end."""
+    for layer in layers:
+        layer.kept = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
 
 
 class _Product(torch.autograd.Function):

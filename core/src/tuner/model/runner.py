@@ -23,6 +23,7 @@ from tuner.interfaces.family import BlockFunction
 from tuner.interfaces.losses import Tap, TapValue, Transform
 from tuner.interfaces.memory import MemorySession
 from tuner.model.lanes import permitted
+from tuner.model.quantized import QuantizedLinear, made_once
 from tuner.model.states import apart, needs_after, state_tensors
 from tuner.model.tape import Node, Pass, Tape, add_up, differentiate, handed_out, rng_state, tap_value, walk_back
 
@@ -85,6 +86,10 @@ class BlockRunner(BlockFunction):
         """Whether a walk forward has begun whose walk back has not ended."""
         self.lanes = False
         """Whether blocks of a captured step may put small work beside large work."""
+        # Whoever brings weights inside a block brings them for each batch.
+        self._quantized: list[list[QuantizedLinear]] = [
+            [] if self.session.inside_blocks else [m for m in block.modules() if isinstance(m, QuantizedLinear)] for block in blocks.blocks
+        ]
         self._parameters = [trainable_parameters(block) for block in blocks.blocks]
         self._chain = self._build_chain()
         self.draws = any(isinstance(m, nn.Dropout) and m.p > 0 for block in blocks.blocks for m in block.modules())
@@ -193,11 +198,16 @@ class BlockRunner(BlockFunction):
         for node in self._chain:
             if node.block >= 0:
                 self.session.before_forward(node.block)
-            for one in passes:
-                self._advance(node, one)
+            with made_once(self._several(node, len(passes))):
+                for one in passes:
+                    self._advance(node, one)
             if node.block >= 0:
                 self.session.after_forward(node.block)
         return tuple(value for one in passes for value in one.values())
+
+    def _several(self, node: Node, batches: int) -> list[QuantizedLinear]:
+        """The layers whose weights are dequantized once for all batches that a block takes together."""
+        return self._quantized[node.block] if node.block >= 0 and batches > 1 else []
 
     def _first_backward(self, one: Pass) -> int:
         """The lowest block that backward will visit: below it nothing is trained, and no gradient of the input is wanted."""
@@ -252,10 +262,11 @@ class BlockRunner(BlockFunction):
         parameters = self._parameters[node.block] if node.block >= 0 else []
         sums: list[Tensor | None] = [None] * len(parameters)
         wide = [len(tapes) > 1 and self.sink is not None and self.sink.takes(parameter) for parameter in parameters]
-        for one, tape in tapes:
-            one.add_taps(tape.taps)
-            for place, gradient in enumerate(walk_back(one, tape, parameters)):
-                sums[place] = add_up(sums[place], gradient, wide=wide[place])
+        with made_once(self._several(node, len(tapes))):
+            for one, tape in tapes:
+                one.add_taps(tape.taps)
+                for place, gradient in enumerate(walk_back(one, tape, parameters)):
+                    sums[place] = add_up(sums[place], gradient, wide=wide[place])
         for parameter, total, floats in zip(parameters, sums, wide, strict=True):
             if total is not None and floats and self.sink is not None:
                 self.sink.receive(parameter, total)

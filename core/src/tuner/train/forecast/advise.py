@@ -113,7 +113,7 @@ def _row(
         problems = [*problems, ConfigError("it does not say what it will take", where=strategy.name)]
     joint = strategy is not None and bool(job.joint)
     step = costs.footprint(job, kept, joint=joint)
-    parts = costs.peak_parts(job, step, plan, precision)
+    parts = costs.peak_parts(job, step, plan, precision, joint=joint)
     chosen = {**keys, "base_model_precision": precision.name, **checkpointing_keys(job.model, checkpointing)}
     return Row(
         residency=strategy.name if strategy else "resident", precision=precision.name, checkpointing=checkpointing, keys=chosen,

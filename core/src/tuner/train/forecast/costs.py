@@ -170,15 +170,14 @@ def optimizer_cost(model: ModelPlan) -> OptimizerCost:
     return OptimizerCost(low, sum(stored_bytes(value) for value in states if value.numel() > 1) / weight.numel())
 
 
-def peak_parts(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision) -> dict[str, int]:
-    """What lies on the device when it is fullest."""
+def peak_parts(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, *, joint: bool = False) -> dict[str, int]:
+    """What lies on the device when it is fullest. `joint`: `step` is all of an optimizer step's batches."""
     settings, count = job.model.settings.get(OptimizerSettings), step.trained_weights
     masters = not job.optimizer.low_precision and step.width < 4
     full = job.model.settings.get(ModelSettings).model_type == "full"
     trained = (step.trained[1] if full else count) * step.width  # in full the blocks' own are the block weights
     accumulated = (4 * count if masters else step.gradients) if settings.gradient_accumulation_steps > 1 else 0
-    largest = max((rows * columns for rows, columns in job.facts.linear_shapes), default=0) * job.model.context.dtype.itemsize
-    passing = step.peak + accumulated + round(precision.expanding * largest)
+    passing = step.peak + accumulated + _made_of_weights(job, precision, joint=joint)
     taking, update = updating(step, masters=masters, low_precision=job.optimizer.low_precision)
     passing = max(passing, step.entered + taking)
     # What a captured graph works in stays reserved for it.
@@ -188,6 +187,15 @@ def peak_parts(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision
         "optimizer": round(count * (job.optimizer.state + (4 if masters else 0))), "activations and gradients": together,
         "workspace": WORKSPACE,
     }  # fmt: skip
+
+
+def _made_of_weights(job: Job, precision: Precision, *, joint: bool) -> int:
+    """Bytes of plain or turned weights beside those of the blocks: of the largest layer, or of a whole block for all its batches."""
+    dtype = job.model.context.dtype
+    each = linear_bytes(job.facts, None, dtype)
+    if joint and precision.quantizer is not None and precision.quantizer.compute:
+        return sum(linear_bytes(job.facts, precision.quantizer, dtype))
+    return round(precision.expanding * (sum(each) if joint else max(each, default=0)))
 
 
 def updating(step: Footprint, *, masters: bool, low_precision: bool) -> tuple[int, int]:
@@ -209,7 +217,7 @@ def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, m
     """
     dtype, settings = job.model.context.dtype, job.model.settings
     plainly, packed = (sum(linear_bytes(job.facts, quantizer, dtype)) for quantizer in (None, precision.quantizer))
-    # A block that is recomputed expands its weights twice on the way back.
+    # A block that is recomputed expands its weights twice on the way back, but once for batches that it takes together.
     products = 2 if step.backward_work.flops > 1.5 * step.forward_work.flops else 1
     there, back = step.forward_work, step.backward_work
     eight_bits = precision.quantizer is not None and bool(precision.quantizer.compute)
@@ -218,7 +226,7 @@ def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, m
         there, back = there + Work(kernels=layers), back + Work(kernels=(products + 1) * layers, moved=2 * packed)
     elif precision.quantizer:
         expanded = Work(moved=plainly + packed)
-        there, back = there + expanded, back + expanded * products
+        there, back = there + expanded, back + expanded * (1 if joint else products)
     walks = [_computing(work, machine, graphs=job.graphs, eight_bits=eight_bits) * step.blocks for work in (there, back)]
     copies = (plan.forward_bytes / machine.link, (plan.traffic_bytes - plan.forward_bytes) / machine.link)
     took = sum(max(pair) if plan.beside else sum(pair) for pair in zip(walks, copies, strict=True))
