@@ -57,7 +57,7 @@ class Setup:
     """Replay forward and backward as a CUDA graph."""
     dynamo_mode: str = ""
     """Compile the blocks in this mode of torch.compile; empty: not."""
-    lanes: int = 1
+    lanes: int = 2
     """2: a replayed step does small work beside large work."""
     batches: int = 1
     """Batches of an optimizer step."""

@@ -107,7 +107,7 @@ def product_row(shape: Shape, arguments: argparse.Namespace, device: torch.devic
     setup = Setup(arguments.checkpointing, arguments.video_only, graphs, dynamo_mode=mode, lanes=lanes, keys=keys)
     name = "tuner" + ", video only" * arguments.video_only + ", CUDA graph" * arguments.cuda_graphs
     name += ", fp8 products" * arguments.fp8
-    name += ", two lanes" * (arguments.lanes > 1)
+    name += ", one lane" * (arguments.cuda_graphs and arguments.lanes == 1)
     name += f", compiled ({arguments.dynamo_mode})" if arguments.dynamo_mode else ""
     if arguments.profile:
         return profiled(name, ProductStep(shape, setup, device, arguments.size), device, arguments.steps)
@@ -182,7 +182,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--fp8", action="store_true", help="tuner's frozen layers multiply 8-bit floats")
     parser.add_argument("--dynamo_mode", default="", help="tuner compiles the blocks in this mode of torch.compile")
     parser.add_argument("--cuda_graphs", action="store_true", help="tuner replays the step as a CUDA graph")
-    parser.add_argument("--lanes", type=int, choices=(1, 2), default=1, help="cuda_graph_lanes: small work beside large work")
+    parser.add_argument("--lanes", type=int, choices=(1, 2), default=2, help="cuda_graph_lanes: 2 puts small work beside large")
     parser.add_argument("--profile", action="store_true", help="tuner's kernels by class, and its part of the card's matrix rate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)

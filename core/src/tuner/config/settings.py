@@ -70,8 +70,8 @@ class ModelSettings(Options):
         "`auto`: where nothing speaks against it."
     )
     cuda_graph_lanes: int = option(
-        1, ge=1, le=2, help="With 2, a replayed step does small work of a block, such as that of a stream with few tokens, beside the "
-        "large work. The numbers are the same."
+        2, ge=1, le=2, help="With 2, a replayed step does small work of a block, such as that of a stream with few tokens, beside the "
+        "large work. The numbers are the same with 1."
     )
     dynamo_mode: Literal["", "no", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
         "", help="Compile the blocks with torch.compile, in this mode; empty, `no` or `off`: not. "

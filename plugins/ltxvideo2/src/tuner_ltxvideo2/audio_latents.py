@@ -20,7 +20,7 @@ from transformers.audio_utils import mel_filter_bank
 
 from tuner.errors import DataError
 from tuner.interfaces.encoders import AudioClip, LatentEncoder, Record, Source
-from tuner_ltxvideo2.latents import Networks
+from tuner_ltxvideo2.latents import Networks, without
 
 SAMPLE_RATE: Final = 16000
 LATENT_RATE: Final = 25
@@ -43,7 +43,7 @@ class AudioLatentEncoder(Networks, LatentEncoder):
 
     def load(self, device: torch.device) -> None:
         super().load(device)
-        self._open("audio_vae")
+        self._open("audio_vae", without("decoder"))
 
     @torch.no_grad()
     def encode(self, sources: Sequence[Source]) -> list[Record]:
@@ -63,7 +63,7 @@ class AudioDecoder(Networks):
 
     def load(self, device: torch.device) -> None:
         super().load(device)
-        self._open("audio_vae")
+        self._open("audio_vae", without("encoder"))
         self._open("vocoder")
 
     @torch.no_grad()

@@ -20,6 +20,11 @@ MEMORY_PART = "vae"
 """What memory strategies call all of these networks."""
 
 
+def without(half: str) -> Callable[[nn.Module], None]:
+    """Takes the half of a VAE away that is not used, before its weights are read."""
+    return lambda vae: delattr(vae, half)
+
+
 class Networks:
     """The networks that one encoder or decoder uses, loaded from `source` in `dtype` between `load` and `unload`."""
 

@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tuner.errors import DataError
 from tuner.interfaces.encoders import LatentEncoder, Record, Source, VideoClip
 from tuner.interfaces.family import Variant
 from tuner.interfaces.memory import PartMemory
 from tuner.interfaces.services import WeightSource
-from tuner_ltxvideo2.latents import Networks
+from tuner_ltxvideo2.latents import Networks, without
 from tuner_ltxvideo2.options import LTX2Options
 from tuner_ltxvideo2.vae_chunks import FRAME_STEP, patch_convolutions, roll_encoder
 
@@ -69,7 +69,7 @@ class VideoLatentEncoder(Networks, LatentEncoder):
 
     def load(self, device: torch.device) -> None:
         super().load(device)
-        vae = self._open("vae", _without("decoder"))
+        vae = self._open("vae", without("decoder"))
         for key in self._savings:
             SAVINGS[key](vae)
 
@@ -115,7 +115,7 @@ class VideoDecoder(Networks):
 
     def load(self, device: torch.device) -> None:
         super().load(device)
-        vae = self._open("vae", _without("encoder"))
+        vae = self._open("vae", without("encoder"))
         if self._options.vae_enable_patch_conv:
             patch_convolutions(vae.decoder)
 
@@ -147,11 +147,6 @@ class VideoDecoder(Networks):
     def _decoded(self, vae: Any, latents: Tensor, frame_rate: float) -> VideoClip:
         raw = denormalise(vae, latents.to(self._device)).to(self._dtype)
         return VideoClip(shown(vae.decode(raw, return_dict=False)[0][0]), frame_rate)
-
-
-def _without(half: str) -> Callable[[nn.Module], None]:
-    """Takes the half of the VAE away that is not used, before its weights are read."""
-    return lambda vae: delattr(vae, half)
 
 
 def scaled(clips: Sequence[VideoClip], dtype: torch.dtype, device: torch.device) -> Tensor:

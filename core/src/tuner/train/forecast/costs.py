@@ -180,8 +180,8 @@ def peak_parts(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision
     passing = step.peak + accumulated + _made_of_weights(job, precision, joint=joint)
     taking, update = updating(step, masters=masters, low_precision=job.optimizer.low_precision)
     passing = max(passing, step.entered + taking)
-    # What a captured graph works in stays reserved for it.
-    together = passing + update if job.graphs else max(passing, step.entered + update)
+    # What a captured graph works in stays reserved for it. Sums over batches are what the optimizer steps with.
+    together = passing + update - accumulated if job.graphs else max(passing, step.entered + update)
     return {
         "block weights": plan.device_bytes, "other weights": step.outside, "trained weights": trained,
         "optimizer": round(count * (job.optimizer.state + (4 if masters else 0))), "activations and gradients": together,
