@@ -15,7 +15,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -23,7 +22,7 @@ from figures import Figure, write_json
 from memory import GROUPS, INT8, block_bytes, free, link_speed, run
 from plain import WORK, Size
 from product import ProductStep, Setup
-from step import describe_machine, lacks_gpu
+from program import begin, parser_of
 
 LIMIT = 1.2
 
@@ -96,19 +95,14 @@ def measure(case: Case, batches: int, steps: int, graphs: bool, size: Size, devi
 
 def main(argv: list[str]) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser = parser_of(__doc__)
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="replay the step as a CUDA graph")
     parser.add_argument("--only", default="", help="the resident row, and those whose name has one of these words, separated by commas")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if lacks_gpu(arguments.size, device):
-        return 3
-    machine, speed = describe_machine(device), link_speed(device)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    device, machine = begin(arguments.size)
+    speed = link_speed(device)
     print(f"link: {speed / 1e9:.1f} GB/s pinned, measured here")
     print(f"every block recomputed, LoRA rank 32, {arguments.batches} batches of one clip\n")
     print("| Weights, order | peak GiB | s/step | computing, s | loading, s | ratio to computing |\n|---|---|---|---|---|---|", flush=True)

@@ -10,7 +10,6 @@ it should be at least 80 %. Starting the workers and loading the VAE count on ne
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from torch import Tensor
 from checkpoint import DEFAULTS
 from figures import Figure, write_json
 from plain import default_dtype
-from step import describe_machine, lacks_gpu, synchronize
+from program import begin, parser_of, synchronize
 from tuner.config.datasets import load_datasets
 from tuner.config.settings import DataSettings
 from tuner.data.decode import decode_frames
@@ -158,20 +157,14 @@ def product(manifest: Manifest, encoder: TimedEncoder, device: torch.device, bat
 
 def main(argv: list[str]) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser = parser_of(__doc__)
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--batch_size", type=int, default=1, help="vae_batch_size")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if lacks_gpu(arguments.size, device):
-        return 3
+    device, machine = begin(arguments.size)
     real = arguments.size == "real"
     dtype = torch.bfloat16 if real else torch.float32
     width, height, frames = (832, 480, 49) if real else (96, 64, 17)
-    machine = describe_machine(device)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print(f"{arguments.clips} clips of {width}x{height} and {frames} frames", flush=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

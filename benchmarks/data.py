@@ -10,7 +10,6 @@ step would hide a thread that is too slow. Data should make a step at most 2 % l
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -21,8 +20,8 @@ import torch
 from caching import write_clips
 from checkpoint import write_model
 from figures import Figure, write_json
+from program import begin, parser_of, synchronize
 from start import WORK, configuration, fill_cache
-from step import describe_machine, lacks_gpu, synchronize
 from tuner.config.resolve import resolve
 from tuner.config.settings import DataSettings, TrainSettings
 from tuner.data.dataset import TrainingSet
@@ -100,17 +99,13 @@ def measure(loop: Loop, rounds: int, steps: int) -> tuple[float, float, float]:
 
 def main(argv: list[str]) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/tuner-start"), help="where the weights are written, and left")
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="of both kinds")
     parser.add_argument("--steps", type=int, default=10, help="in a round")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if lacks_gpu(arguments.size, device):
-        return 3
+    device, machine = begin(arguments.size)
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     model = write_model(folder, arguments.size, sparse=False)
@@ -120,8 +115,6 @@ def main(argv: list[str]) -> int:
         write_clips(clips, arguments.clips, width, height, frames, sound=True)
     keys = configuration(folder, model, arguments.size, {"max_train_steps": 1_000_000}, clips)
     fill_cache(keys)
-    machine = describe_machine(device)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     began = time.perf_counter()
     loop = make_loop(keys, device)
     print(f"made ready in {time.perf_counter() - began:.1f} s")

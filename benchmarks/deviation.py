@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plain import Shape
 from product import ProductStep, Setup
-from step import describe_machine
+from program import begin, find_device
 
 WAYS: Mapping[str, Mapping[str, str]] = {
     "bf16": {}, "int8 weights": {"base_model_precision": "int8-torchao"}, "fp8 weights": {"base_model_precision": "fp8-torchao"},
@@ -50,12 +50,12 @@ def distance(found: Tensor, reference: Tensor) -> float:
 def main(argv: list[str]) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     parser.add_argument("--blocks", default="1,2,6,12,24,48" if device.type == "cuda" else "1,2,4", help="depths, separated by commas")
     parser.add_argument("--reference", choices=("bf16", "fp32"), default="bf16" if device.type == "cuda" else "fp32")
     arguments = parser.parse_args(argv)
     shape = Shape("head", 1, 832, 480, 17) if device.type == "cuda" else Shape("small", 1, 256, 192, 9, text_tokens=64)
-    print("\n".join(f"{name}: {value}" for name, value in describe_machine(device).items()))
+    begin()
     print(f"{shape.width}x{shape.height}x{shape.frames}, rank 32; against {arguments.reference}\n")
     depths = [int(word) for word in arguments.blocks.split(",")]
     print("| Blocks |" + "".join(f" {name} |" for name in WAYS) + "\n|---|" + "---|" * len(WAYS), flush=True)

@@ -13,7 +13,6 @@ apart. Both streams have one sigma, because diffusers' forward has the modulatio
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import logging
@@ -21,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from diffusers import LTX2VideoTransformer3DModel
@@ -33,7 +31,7 @@ from figures import Figure, write_json
 from memory import GROUPS
 from plain import REAL, Shape, default_dtype
 from product import RANK, ProductStep, Setup
-from step import describe_machine
+from program import begin, parser_of
 from tuner.builtins.optimizers import AdamW
 from tuner.builtins.options import AdamOptions
 from tuner.interfaces.family import Batch, Noise
@@ -230,17 +228,14 @@ def show(name: str, gradients: float, losses: float, seconds: float) -> None:
 
 def main(argv: list[str]) -> int:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, sized=False)
     parser.add_argument("--blocks", default="2,6", help="depths, separated by commas")
     parser.add_argument("--small", action="store_true", help="256x192x9, batch 1, and short captions")
     parser.add_argument("--compiled", choices=("no", "only", "too"), default="too", help="blocks as they are, compiled, or both")
     parser.add_argument("--streams", default="both,video", help="both, video; separated by a comma")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, machine = begin()
     shape = Shape("small", 1, 256, 192, 9, text_tokens=64) if arguments.small else Shape("head", 2, 832, 480, 17)
-    machine = describe_machine(device)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print(f"{shape.width}x{shape.height}x{shape.frames}, batch {shape.batch}, rank {RANK}; gradients at most {LIMIT:.0%} off", flush=True)
     said = logging.StreamHandler(sys.stdout)
     logging.getLogger("tuner.model.compiled").addHandler(said)

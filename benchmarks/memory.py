@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ import torch
 from figures import Figure, write_json
 from plain import WORK, Shape
 from product import ProductStep, Setup
-from step import GIB, describe_machine, lacks_gpu, synchronize
+from program import GIB, begin, parser_of, synchronize
 from step import measure as measure_step
 from tuner.train.execute import GraphExecution, PlainExecution
 
@@ -237,19 +236,14 @@ def figures(rows: list[Timed]) -> list[Figure]:
 
 def main(argv: list[str]) -> int:
     """Measures, prints, and writes the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", default="head,121f", help="works, separated by commas: head, 121f; or video alone: head without sound")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only", default="", help="only rows whose name contains one of these words, separated by commas")
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True, help="also without a CUDA graph")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if lacks_gpu(arguments.size, device):
-        return 3
-    machine, speed = describe_machine(device), link_speed(device)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    device, machine = begin(arguments.size)
+    speed = link_speed(device)
     print(f"link: {speed / 1e9:.1f} GB/s pinned, measured here")
     print("every block recomputed, LoRA rank 32; head: 832x480x17, batch 2; 121f: 768x512x121, batch 1; video: head, video stream alone\n")
     print("| Work | Weights | peak GiB | block weights on the device, GiB | s/step | bound, s | ratio |\n|---|---|---|---|---|---|---|")

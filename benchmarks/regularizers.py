@@ -27,7 +27,7 @@ from memory import free, run
 from plain import WORK, Shape, Size
 from product import ProductStep, Setup
 from profiling import operations
-from step import describe_machine, lacks_gpu
+from program import begin, parser_of
 from tuner.train.execute import GraphExecution, PlainExecution
 
 LEAST_SPEED = 1.6
@@ -137,15 +137,13 @@ def show(row: Timed) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; `checkpointing` and `graphs` become lists of what is measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     switch = {"both": [True, False], "on": [True], "off": [False]}
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
     parser.add_argument("--work", choices=("head", "121f"), default="121f", help="121f: 768x512x121, batch 1; head: 832x480x17, batch 2")
     parser.add_argument("--checkpointing", choices=switch, default="on", help="recompute blocks in backward; off needs 140 GB at 121f")
     parser.add_argument("--cuda_graphs", dest="graphs", choices=switch, default="both", help="replay the step as a CUDA graph")
     parser.add_argument("--video_only", action="store_true", help="train the video stream alone")
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     arguments.checkpointing, arguments.graphs = switch[arguments.checkpointing], switch[arguments.graphs]
     return arguments
@@ -154,11 +152,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Measures, prints, and writes the JSON file."""
     arguments = parse(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if lacks_gpu(arguments.size, device):
-        return 3
-    shape, machine = WORK[arguments.size][arguments.work], describe_machine(device)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    device, machine = begin(arguments.size)
+    shape = WORK[arguments.size][arguments.work]
     print(f"work: {arguments.size} {shape.width}x{shape.height}x{shape.frames}, batch {shape.batch}, {shape.video_tokens} video tokens\n")
     print("| Step | Blocks' activations | Carried out | peak GiB | s/step | less work, times | faster, times |")
     print("|---|---|---|---|---|---|---|")

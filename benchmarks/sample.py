@@ -29,7 +29,7 @@ from checkpoint import DEFAULTS, arguments_of
 from figures import Figure, write_json
 from plain import REAL, Size
 from product import build_model
-from step import GIB, describe_machine, lacks_gpu, synchronize
+from program import GIB, begin, parser_of, synchronize
 from tuner.interfaces.family import Batch, BuildContext, Generated, Noise, Prediction, SampleRequest, Variant
 from tuner.model.placing import RunMemory
 from tuner.model.runner import BlockRunner
@@ -207,12 +207,10 @@ def render(rows: list[Row]) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=30, help="steps of a clip")
     parser.add_argument("--guidance", type=float, default=3.0, help="1: one pass a step")
     parser.add_argument("--clips", type=int, default=3, help="timed clips")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     return parser.parse_args(argv)
 
 
@@ -220,13 +218,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Measures both, prints, and writes the JSON file."""
     arguments = parse(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if lacks_gpu(arguments.size, device):
-        return 3
-    machine, dtype = describe_machine(device), torch.bfloat16 if device.type == "cuda" else torch.float32
+    device, machine = begin(arguments.size)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     width, height, frames = (768, 512, 49) if arguments.size == "real" else (96, 64, 9)
     request = SampleRequest("", width=width, height=height, frames=frames, steps=arguments.steps, guidance=arguments.guidance)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     work = f"{arguments.size}, {width}x{height}x{frames} with sound, {arguments.steps} steps, guidance {arguments.guidance:g}"
     print(f"work: {work}\n", flush=True)
     parts = Parts(arguments.size, device, dtype)

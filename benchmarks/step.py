@@ -12,28 +12,24 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from figures import Figure, write_json
 from plain import WORK, LoraDtype, Shape, StepFunction, plain_step_factory
+from program import GIB, begin, parser_of, synchronize
 
 if TYPE_CHECKING:
     from product import ProductStep
 
 WARM_UP = 5
 """Enough for a graph to be captured."""
-GIB = 1024**3
 PEERS: dict[LoraDtype, str] = {"bf16": "diffusers + peft, LoRA in bf16", "fp32": "diffusers + peft, LoRA in fp32, autocast"}
 
 
@@ -52,12 +48,6 @@ class Row:
     """Of the last step: shows that the numbers stayed finite."""
     operations: int = 0
     """Of its products and attentions; 0: not counted."""
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(name: str, step: StepFunction, device: torch.device, steps: int) -> Row:
@@ -133,24 +123,6 @@ def profiled(name: str, step: ProductStep, device: torch.device, steps: int) -> 
     return row
 
 
-def lacks_gpu(size: str, device: torch.device) -> bool:
-    """Whether real size is asked for on a CPU, which is said."""
-    lacking = size == "real" and device.type == "cpu"
-    if lacking:
-        print("--size real needs a GPU; --size tiny runs here", file=sys.stderr)
-    return lacking
-
-
-def describe_machine(device: torch.device) -> dict[str, str]:
-    """What a figure must be read with."""
-    facts = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "python": platform.python_version()}
-    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        facts["cuda"] = str(torch.version.cuda)
-        facts["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
-    return facts | {name: version(name) for name in ("torch", "diffusers", "peft", "transformers")}
-
-
 def render(rows: list[Row]) -> str:
     """The table as Markdown; ratios are peer / row, so 2.0 means twice as fast as the faster peer."""
     peers = [row.seconds for row in rows if not row.name.startswith("tuner")]
@@ -170,9 +142,8 @@ def figures(rows: list[Row]) -> list[Figure]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     yes_or_no = argparse.BooleanOptionalAction
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
     parser.add_argument("--work", choices=("head", "121f"), default="head", help="head: 832x480x17, batch 2; 121f: 768x512x121, batch 1")
     parser.add_argument("--checkpointing", action=yes_or_no, default=True, help="recompute blocks in backward")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
@@ -184,7 +155,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cuda_graphs", action="store_true", help="tuner replays the step as a CUDA graph")
     parser.add_argument("--lanes", type=int, choices=(1, 2), default=2, help="cuda_graph_lanes: 2 puts small work beside large")
     parser.add_argument("--profile", action="store_true", help="tuner's kernels by class, and its part of the card's matrix rate")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1:
         parser.error("--steps must be at least 1")
@@ -196,12 +166,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Measures, prints, and writes the JSON file."""
     arguments = parse(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if lacks_gpu(arguments.size, device):
-        return 3
+    device, machine = begin(arguments.size)
     shape = WORK[arguments.size][arguments.work]
-    machine = describe_machine(device)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
     print(f"work: {arguments.size} {shape.name}, {shape.width}x{shape.height}x{shape.frames}, batch {shape.batch}, "
           f"{shape.video_tokens} + {shape.audio_tokens} tokens, text {shape.text_tokens}, "
           f"checkpointing {'on' if arguments.checkpointing else 'off'}, {arguments.steps} steps\n", flush=True)

@@ -11,12 +11,10 @@ would take if all its products and attention ran as fast as one large bf16 produ
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -24,7 +22,8 @@ from figures import Figure, write_json
 from plain import WORK
 from product import ProductStep, Setup
 from profiling import matrix_rate, operations
-from step import GIB, Row, describe_machine, lacks_gpu, measure
+from program import GIB, begin, parser_of
+from step import Row, measure
 from tuner.model.compiled import CompiledBlocks
 from tuner.model.runner import Checkpointing
 from tuner.train.execute import GraphExecution, PlainExecution
@@ -89,20 +88,14 @@ def figures(done: Sequence[tuple[Case, Row]], *, limits: bool) -> list[Figure]:
 
 def main(argv: list[str]) -> int:
     """Measures, prints, and writes the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default="", help="only rows whose name contains one of these words, separated by commas")
     parser.add_argument("--skip", default="", help="not those whose name contains one of these words")
     parser.add_argument("--dynamo_mode", default="", help="compile the blocks in this mode of torch.compile")
     parser.add_argument("--lanes", default="2", metavar="1|2|1,2", help="cuda_graph_lanes: 2 puts small work beside large; or each in turn")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if lacks_gpu(arguments.size, device):
-        return 3
-    machine = describe_machine(device)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    device, machine = begin(arguments.size)
     rate = matrix_rate(device) if device.type == "cuda" else 0.0
     if rate:
         eight_bits = matrix_rate(device, eight_bits=True)

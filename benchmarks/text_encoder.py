@@ -8,7 +8,6 @@ The product's own encoder, from files to what is cached. Peak memory counts what
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -28,7 +27,7 @@ from transformers import Gemma3TextConfig
 from figures import Figure, write_json
 from plain import default_dtype
 from product import open_memory
-from step import GIB, describe_machine, lacks_gpu, synchronize
+from program import GIB, begin, parser_of, synchronize
 from tuner.interfaces.family import Variant
 from tuner.interfaces.services import TensorHeader, WeightSource
 from tuner_ltxvideo2.gemma import empty_gemma
@@ -156,18 +155,12 @@ def measure(folder: Path, source: Connectors, keys: Mapping[str, str], device: t
 
 def main(argv: list[str]) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, help="where the weights are written; a temporary folder when left out")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--captions", type=int, default=4)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if lacks_gpu(arguments.size, device):
-        return 3
-    machine = describe_machine(device)
-    print("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    device, machine = begin(arguments.size)
     rows: list[Row] = []
     if arguments.folder:
         arguments.folder.mkdir(parents=True, exist_ok=True)

@@ -36,18 +36,18 @@ START_SECONDS = 120.0
 
 
 def _serve_pipe(number: int) -> None:
-    """A worker's program. `number`: the file descriptor of its pipe."""
-    _serve(Connection(number))
+    """The worker's part. `number`: the file descriptor of its pipe."""
+    with suppress(ConnectionError):  # the other side has ended
+        _serve(Connection(number))
 
 
 def _serve(pipe: Connection) -> None:
     """The worker's loop. An exception that is no `TunerError` ends the process, which the other side reports."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole process group; the run decides what happens
     pipe.send("ready")
     while True:
         try:
             function, arguments = pipe.recv()
-        except (EOFError, OSError):
+        except EOFError:
             return
         try:
             reply: tuple[object, TunerError | None] = (function(*arguments), None)
@@ -62,9 +62,8 @@ class _Worker:
     def __init__(self) -> None:
         self.pipe, theirs = Pipe()
         number = theirs.fileno()
-        program = f"import sys; sys.path[:] = {sys.path!r}; from tuner.data import workers; workers._serve_pipe({number})"
         try:
-            self.process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.DEVNULL, pass_fds=(number,))
+            self.process = subprocess.Popen([sys.executable, "-c", _program(number)], stdin=subprocess.DEVNULL, pass_fds=(number,))
         except OSError as error:
             self.pipe.close()
             raise _cannot_start(error) from error
@@ -85,6 +84,12 @@ class _Worker:
     def end(self) -> None:
         self._at_exit()
         self.pipe.close()
+
+
+def _program(number: int) -> str:
+    """Of a worker whose pipe has that file descriptor. Ctrl-C goes to the whole process group; the run decides what happens."""
+    ignore = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    return f"{ignore}; sys.path[:] = {sys.path!r}; from tuner.data import workers; workers._serve_pipe({number})"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
