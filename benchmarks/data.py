@@ -13,15 +13,14 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from caching import write_clips
-from checkpoint import write_model
 from figures import Figure, write_json
 from program import begin, parser_of, synchronize
-from start import WORK, configuration, fill_cache
+from start import WORK, prepared
 from tuner.config.resolve import resolve
 from tuner.config.settings import DataSettings, TrainSettings
 from tuner.data.dataset import TrainingSet
@@ -53,10 +52,10 @@ class Waiting(Prefetcher[Item]):
         return found
 
 
-def make_loop(keys: dict[str, object], device: torch.device) -> Loop:
-    """The loop of a run with these keys."""
+def make_loop(keys: Mapping[str, object], device: torch.device) -> Loop:
+    """The loop of a run with these keys, of as many steps as are asked of it."""
     registry = load_plugins()
-    settings = resolve(registry.option_types, flags={key: str(value) for key, value in keys.items()})
+    settings = resolve(registry.option_types, flags={key: str(value) for key, value in keys.items()} | {"max_train_steps": "1000000"})
     plan = make_plan(registry, settings, device)
     train = settings.get(TrainSettings)
     dataset = TrainingSet(plan.manifest, plan.encoders, train.train_batch_size, train.seed, train.caption_dropout_probability)
@@ -106,15 +105,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10, help="in a round")
     arguments = parser.parse_args(argv)
     device, machine = begin(arguments.size)
-    folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    model = write_model(folder, arguments.size, sparse=False)
+    _, keys = prepared(arguments.folder, arguments.size, arguments.clips)
     width, height, frames = WORK[arguments.size]
-    clips = folder / f"clips-{arguments.clips}"
-    if not clips.is_dir():
-        write_clips(clips, arguments.clips, width, height, frames, sound=True)
-    keys = configuration(folder, model, arguments.size, {"max_train_steps": 1_000_000}, clips)
-    fill_cache(keys)
     began = time.perf_counter()
     loop = make_loop(keys, device)
     print(f"made ready in {time.perf_counter() - began:.1f} s")

@@ -88,6 +88,7 @@ def tasks(size: str, scratch: Path) -> list[Task]:
         Task("regularizers", ["regularizers.py", *steps, "--cuda_graphs", "on"], 110),
         Task("start", ["start.py", "--folder", str(scratch / "start")], 200, ("av",)),
         Task("data", ["data.py", "--folder", str(scratch / "start"), *(["--rounds", "1", *steps] if quick else [])], 120, ("av",)),
+        Task("budget", ["budget.py", "--folder", str(scratch / "start")], 140, ("av",)),
         Task("accumulation", ["accumulation.py", *steps], 100),
         Task("sample", ["sample.py", *(["--steps", "1"] if quick else []), *clips], 120),
         Task("caching", ["caching.py", *(["--clips", "2"] if quick else [])], 70, ("av",)),
@@ -243,7 +244,7 @@ def main(argv: list[str]) -> int:
                 print(f"== {task.name}: {left:.0f} s left", flush=True)
                 done.append(carry_out(task, arguments.size, out, left, environment, fork=fork))
                 print(last_lines(out / f"{task.name}.txt", 30), flush=True)
-            if task.name != "start":  # whose weights the next one takes
+            if task.name not in ("start", "data"):  # whose weights the next one takes
                 for left_over in Path(scratch).iterdir():
                     shutil.rmtree(left_over, ignore_errors=True)
             (out / "summary.md").write_text(render(done), encoding="utf-8")

@@ -45,7 +45,20 @@ WORK = {"real": (832, 480, 17), "tiny": (96, 64, 9)}
 """Width, height and frames of the clips."""
 
 
-def configuration(folder: Path, model: Model, size: str, more: Mapping[str, object], clips: Path) -> dict[str, object]:
+def prepared(folder: Path, size: str, count: int, *, sparse: bool = False) -> tuple[Model, dict[str, object]]:
+    """A model, and the keys of a run over so many clips, all of whose records are there. What is in `folder` already is left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = write_model(folder, size, sparse=sparse)
+    width, height, frames = WORK[size]
+    clips = folder / f"clips-{count}"
+    if not clips.is_dir():
+        write_clips(clips, count, width, height, frames, sound=True)
+    keys = configuration(folder, model, size, clips)
+    fill_cache(keys)
+    return model, keys
+
+
+def configuration(folder: Path, model: Model, size: str, clips: Path) -> dict[str, object]:
     """Keys of a run over `clips`."""
     width, height, frames = WORK[size]
     dataset = [{"id": "clips", "instance_data_dir": str(clips), "video": {"num_frames": frames}}]
@@ -53,7 +66,7 @@ def configuration(folder: Path, model: Model, size: str, more: Mapping[str, obje
     return {
         "model_family": "ltxvideo2", "pretrained_model_name_or_path": str(model.checkpoint), "text_encoder_path": str(model.text_encoder),
         "data_backend_config": str(folder / "data.json"), "cache_dir": str(folder / "cache"), "resolution": (width * height) ** 0.5,
-        "max_train_steps": 2, "train_batch_size": 2, "lora_rank": 32, "optimizer": "adamw", "validation_disable": True, **more,
+        "max_train_steps": 2, "train_batch_size": 2, "lora_rank": 32, "optimizer": "adamw", "validation_disable": True,
     }  # fmt: skip
 
 
@@ -122,14 +135,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     _, machine = begin(arguments.size)
     folder: Path = arguments.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    model = write_model(folder, arguments.size, sparse=arguments.sparse)
+    model, keys = prepared(folder, arguments.size, CLIPS, sparse=arguments.sparse)
     width, height, frames = WORK[arguments.size]
-    clips = folder / f"clips-{CLIPS}"
-    if not clips.is_dir():
-        write_clips(clips, CLIPS, width, height, frames, sound=True)
-    keys = configuration(folder, model, arguments.size, {}, clips)
-    fill_cache(keys)
     print(f"weights: {model.checkpoint.stat().st_size / 1e9:.2f} GB; {CLIPS} clips of {width}x{height}x{frames}, batch 2, LoRA rank 32\n")
     found: dict[str, Mapping[str, object]] = {}
     figures: list[Figure] = []

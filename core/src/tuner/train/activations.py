@@ -17,7 +17,6 @@ from tuner.config.settings import ModelSettings
 from tuner.interfaces.family import Batch
 from tuner.model.runner import BlockRunner, Checkpointing
 from tuner.train.execute import Execution
-from tuner.train.forecast.machine import RESERVE, SPARE
 from tuner.train.step import Item, StepResult
 
 if TYPE_CHECKING:
@@ -145,5 +144,5 @@ def budgeted(plan: Plan, inner: Execution, runner: BlockRunner, device: torch.de
         torch.cuda.reset_peak_memory_stats(device)
         return int(found)
 
-    budget = int((plan.predicted.machine.memory - RESERVE) / (1 + SPARE))
-    return ActivationBudget(inner, runner, budget=budget, block=plan.predicted.block, largest=largest, peak=peak)
+    room = plan.predicted.machine.room
+    return ActivationBudget(inner, runner, budget=room, block=plan.predicted.block, largest=largest, peak=peak)
