@@ -18,9 +18,11 @@ def letters(path: Path) -> int:
 
 
 def act(path: Path, what: str) -> int:
-    """`letters`, or the process, a decoder that never answers, one that takes its process along, or one that finds no memory."""
+    """`letters`, or the process, a decoder that never answers, one that takes its process along, or one that fails."""
     if what == "who":
         return os.getpid()
+    if what == "lose":
+        raise ConnectionResetError
     if what == "hang":
         threading.Event().wait()
     if what == "die":

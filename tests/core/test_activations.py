@@ -85,14 +85,25 @@ def test_what_is_over_is_taken_back_at_once() -> None:
     assert bench.execution.kept == 2
 
 
+def test_batches_of_the_first_step_come_before_the_optimizer_has_states() -> None:
+    bench = Bench(kept=2, budget=1000)
+    bench.peaks = [0, 300] * 5 + [0, 600]
+    for _ in range(4):
+        bench.step(0)
+    bench.step(1)
+    assert bench.execution.kept == 2
+    bench.step(1)
+    assert bench.execution.kept == 4 and not bench.peaks
+
+
 def test_what_graphs_will_hold_beside_a_step_is_left_free() -> None:
     """They come after the steps that are watched, with gradients of their own."""
     bench = Bench(kept=2, budget=100_000)
     bench.execution.inner = GraphExecution(bench.execution.training, bench.masters)
     coming = sum(4 * parameter.numel() for parameter in bench.masters.optimized())
-    bench.peaks = [0, 0, 0, 100_000 - coming - 450]
-    bench.step(0)
-    bench.step(1)
+    bench.peaks = [0, 0, 0, 0, 0, 100_000 - coming - 450]
+    for number in range(3):
+        bench.step(number)
     assert bench.execution.inner.to_come == coming and bench.execution.kept == 4  # half of 450
 
 

@@ -86,6 +86,26 @@ def test_there_is_one_lane_unless_a_capture_may_have_two(streams: Streams) -> No
         assert lane_for(tokens)._stream is None
 
 
+def test_a_lane_comes_back_where_it_was_left(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams.now)
+    lanes.rejoin()  # there was none yet
+    with permitted(True):
+        lane_for(streams.tensor("tokens"))
+    lanes.rejoin()
+    assert streams.happened == ["main waits for lane"]
+    away = {"lane": False}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: away.get(streams.now.name, True))
+    lanes.rejoin()  # joined already
+    away["lane"] = True
+
+    def refused(other: Any) -> None:
+        raise RuntimeError("the capture was invalidated")
+
+    streams.now.wait_stream = refused
+    lanes.rejoin()
+    assert streams.happened == ["main waits for lane"]
+
+
 class Asking:
     """A block's caller that notes whether it might use a lane."""
 

@@ -46,6 +46,12 @@ def test_hang_and_death_are_named_and_the_others_go_on() -> None:
     assert isinstance(gone, DecoderFailed) and gone.where == "gone" and "41" in str(gone)
 
 
+def test_a_decoder_that_loses_a_connection_of_its_own_is_not_taken_for_the_end(capfd: pytest.CaptureFixture[str]) -> None:
+    with DecodeWorkers(1) as own:
+        (found,) = own.map(act, [(Path("lost"), "lose")])
+    assert isinstance(found, DecoderFailed) and "exit code 1" in str(found) and "ConnectionResetError" in capfd.readouterr().err
+
+
 def test_a_consumer_that_stops_early_leaves_no_process() -> None:
     own = DecodeWorkers(2)
     stream = own.map(act, [(Path(what), what) for what in ("who", "who", "hang", "hang")])
@@ -65,6 +71,20 @@ def test_one_that_ended_while_it_had_nothing_to_do_is_replaced() -> None:
         while Path(f"/proc/{first}/stat").read_text().split()[2] != "Z":
             time.sleep(0.01)
         assert in_worker(own, act, Path("who"), "who") != first
+
+
+def test_a_file_of_the_working_directory_is_no_part_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "signal.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    with DecodeWorkers(1) as own:
+        assert in_worker(own, letters, Path("four")) == 4
+
+
+def test_a_stop_before_the_first_result_is_asked_for_counts() -> None:
+    with DecodeWorkers(1) as own:
+        stream = own.map(letters, [(Path("four"),)])
+        own.stop()
+        assert list(stream) == [] and in_worker(own, letters, Path("four")) == 4
 
 
 def test_a_main_program_without_a_guard_can_decode(tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ def off(found: Tensor, wanted: Tensor) -> float:
 
 
 @needs_gpu
-@pytest.mark.parametrize("module", ["tuner.model.fused_kernels", "tuner.model.fp8_kernels", "tuner.builtins.row_scale"])
+@pytest.mark.parametrize(
+    "module", ["tuner.model.fused_kernels", "tuner.model.fp8_kernels", "tuner.builtins.row_scale", "tuner.builtins.packed_kernels"]
+)
 def test_kernels_prove_themselves_here(module: str) -> None:
     if DEVICE.type == "cuda":
         assert kernels.proven(module, 0) is not None

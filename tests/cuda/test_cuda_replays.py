@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from integration.gpu_runs import (
 )
 from tuner.builtins.losses import FlowMatchingLoss
 from tuner.interfaces.losses import LossValue, StepState
+from tuner_ltxvideo2 import block
 from tuner_offload.ramtorch import RamTorch
 
 pytestmark = lenient
@@ -166,6 +168,32 @@ def test_a_capture_that_fails_is_followed_by_plain_steps(keys: Keys, bench: Benc
     with bench.loop({**SAME, **keys, **graphs()}) as loop:
         loop.run()
         assert loop.rows == expected.rows  # type: ignore[attr-defined]
+
+
+@needs_gpu
+@pytest.mark.skipif(not HAS_GPU, reason="nothing is captured on a processor")
+@pytest.mark.parametrize("back", [False, True], ids=["on the way there", "on the way back"])
+def test_a_capture_that_fails_beside_a_lane_is_ended(back: bool, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a block, where the lane is away; on the way back blocks are called once more."""
+    expected, attend, seen = bench.run({**SAME, "cuda_graphs": "off"}), block._attend_self, [0]
+
+    def failing(*given: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            seen[0] += torch.is_grad_enabled() == back
+            if seen[0] == 4:  # of the second block, when the sound's part is on its way
+                raise ValueError("planned") if back else RuntimeError("planned")
+        return attend(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block, "_attend_self", failing)
+        with bench.loop({**SAME, "cuda_graphs": "auto"}) as loop:
+            if back:
+                with pytest.raises(ValueError, match="planned"):
+                    loop.run()
+            else:
+                loop.run()
+                assert_same(Result(list(loop.rows), expected.weights, 0, 1), expected)  # type: ignore[attr-defined]
+    assert_same(bench.run({**SAME, **graphs()}), expected)
 
 
 @needs_gpu

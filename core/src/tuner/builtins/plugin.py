@@ -25,9 +25,12 @@ def tuner_register_optimizers() -> list[Component]:
 
 @hookimpl
 def tuner_register_quantizers() -> list[Component]:
-    """8 and 4 bits, held by two libraries."""
+    """Without rounding, and in 8 and 4 bits, held by two libraries."""
     torchao, quanto = "torchao (pytorch/ao)", "optimum-quanto (huggingface)"
     return [
+        Component(
+            "bf16-packed", "the same bf16 numbers, in 12 bits", Options, "tuner.builtins.quantizers:Packed", "exponents: arXiv 2504.11651",
+        ),
         _quantizer("int8-torchao", "8-bit integers, a scale for each row", "Int8Torchao", torchao),
         _quantizer("fp8-torchao", "8-bit floats (e4m3), a scale for each row", "Fp8Torchao", torchao),
         _quantizer("int4-torchao", "4-bit integers, a scale and a zero for every 64 weights", "Int4Torchao", torchao),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tuner.builtins import quantized
+from tuner.builtins import packed, quantized
 from tuner.config.options import Options
 from tuner.errors import EnvironmentProblem
 from tuner.interfaces.memory import QuantizedPart, Quantizer
@@ -62,21 +62,26 @@ class LinearQuantizer(Quantizer):
         for name, layer in module.named_modules():
             if type(layer) is not nn.Linear or not self.fits(layer.out_features, layer.in_features):
                 continue
-            before += stored_bytes(layer.weight)
-            self._become(layer)
-            after += stored_bytes(layer.weight)
-            changed.append(name)
+            size = stored_bytes(layer.weight)
+            if self._become(layer):
+                before, after = before + size, after + stored_bytes(layer.weight)
+                changed.append(name)
         return QuantizedPart(tuple(changed), before, after)
 
     @property
     def computes(self) -> frozenset[str]:
         return frozenset({"", "fp8"} if self.parts is not None else {""})
 
-    def _become(self, layer: nn.Linear) -> None:
+    def _become(self, layer: nn.Linear) -> bool:
+        """Whether it could."""
+        packed = self.pack(layer.weight.detach())
+        if packed is None:
+            return False
         multiplied = self.compute == "fp8" and fp8.fits(layer.out_features, layer.in_features)
-        changed = become_quantized(layer, self.pack(layer.weight.detach()), self.expand, fp8.Fp8Linear if multiplied else QuantizedLinear)
+        changed = become_quantized(layer, packed, self.expand, fp8.Fp8Linear if multiplied else QuantizedLinear)
         if isinstance(changed, fp8.Fp8Linear) and self.parts is not None:
             changed.parts = self.parts
+        return True
 
     def bytes_of(self, weight: torch.Size, dtype: torch.dtype) -> int:
         width = torch.empty((), dtype=dtype).element_size()
@@ -92,12 +97,33 @@ class LinearQuantizer(Quantizer):
         """Imports the library. Raises ImportError."""
 
     @abstractmethod
-    def pack(self, weight: Tensor) -> Tensor:
-        """(N, K) plain -> the library's tensor of the same shape and dtype, on the same device."""
+    def pack(self, weight: Tensor) -> Tensor | None:
+        """(N, K) plain -> a tensor of another kind of the same shape and dtype, on the same device; None: it stays as it is."""
 
     @abstractmethod
     def packed_bytes(self, rows: int, columns: int, width: int) -> int:
         """What `pack` gives takes; `width`: bytes of an element of the plain weight."""
+
+
+# --- without rounding --------------------------------------------------------------------------------------------
+class Packed(LinearQuantizer):
+    """bfloat16 in 12 bits, exactly. Weights of another dtype, and those whose exponents are spread too far, stay as they are."""
+
+    name = "bf16-packed"
+    library = "torch"
+    expand = staticmethod(packed.expand_packed)
+
+    def open_library(self) -> None:
+        """There is none."""
+
+    def fits(self, rows: int, columns: int) -> bool:
+        return super().fits(rows, columns) and columns % 2 == 0
+
+    def pack(self, weight: Tensor) -> Tensor | None:
+        return packed.pack(weight) if weight.dtype == torch.bfloat16 else None
+
+    def packed_bytes(self, rows: int, columns: int, width: int) -> int:
+        return packed.packed_bytes(rows, columns) if width == 2 else rows * columns * width
 
 
 # --- torchao -----------------------------------------------------------------------------------------------------

@@ -35,19 +35,18 @@ START_SECONDS = 120.0
 """A process that has not come up by then never will."""
 
 
-def _serve_pipe(number: int) -> None:
-    """The worker's part. `number`: the file descriptor of its pipe."""
-    with suppress(ConnectionError):  # the other side has ended
-        _serve(Connection(number))
+def serve(number: int) -> None:
+    """A worker's loop, until the other side ends. `number`: the file descriptor of its pipe.
 
-
-def _serve(pipe: Connection) -> None:
-    """The worker's loop. An exception that is no `TunerError` ends the process, which the other side reports."""
-    pipe.send("ready")
+    An exception that is no `TunerError` ends the process, which the other side reports.
+    """
+    pipe = Connection(number)
+    with suppress(OSError):
+        pipe.send("ready")
     while True:
         try:
             function, arguments = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             reply: tuple[object, TunerError | None] = (function(*arguments), None)
@@ -55,7 +54,8 @@ def _serve(pipe: Connection) -> None:
             reply = (None, error)
         except MemoryError:
             reply = (None, DecoderFailed("there is not enough host memory to decode it", where=str(arguments[0])))
-        pipe.send(reply)
+        with suppress(OSError):
+            pipe.send(reply)
 
 
 class _Worker:
@@ -63,7 +63,7 @@ class _Worker:
         self.pipe, theirs = Pipe()
         number = theirs.fileno()
         try:
-            self.process = subprocess.Popen([sys.executable, "-c", _program(number)], stdin=subprocess.DEVNULL, pass_fds=(number,))
+            self.process = subprocess.Popen([sys.executable, "-P", "-c", _program(number)], stdin=subprocess.DEVNULL, pass_fds=(number,))
         except OSError as error:
             self.pipe.close()
             raise _cannot_start(error) from error
@@ -89,7 +89,7 @@ class _Worker:
 def _program(number: int) -> str:
     """Of a worker whose pipe has that file descriptor. Ctrl-C goes to the whole process group; the run decides what happens."""
     ignore = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    return f"{ignore}; sys.path[:] = {sys.path!r}; from tuner.data import workers; workers._serve_pipe({number})"
+    return f"{ignore}; sys.path[:] = {sys.path!r}; from tuner.data import workers; workers.serve({number})"
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -145,7 +145,10 @@ class DecodeWorkers:
         `function` and arguments must be picklable, the first argument names the clip. `most`: results at most, finished or being made, that
         nobody has taken yet. Raises other `TunerError`s.
         """
-        self._stopping.clear()
+        self._stopping.clear()  # now: a `stop` may come before the first result is asked for
+        return self._map(function, tasks, most)
+
+    def _map(self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], most: int | None) -> Iterator[T | DataError]:
         most = max(1, most or 2 * self._count)
         todo = enumerate(tasks)
         jobs: dict[Connection, _Job] = {}

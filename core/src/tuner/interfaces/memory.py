@@ -56,6 +56,8 @@ class MemoryPlan:
     """Of `traffic_bytes`, those of the walk forward."""
     beside: bool = True
     """Whether copies run beside the computation."""
+    inside_blocks: bool = False
+    """As in `MemorySession`."""
 
 
 class MemorySession:

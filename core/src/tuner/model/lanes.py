@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -63,6 +63,16 @@ class Lane:
             current.wait_stream(self._stream)
             for tensor in made:
                 tensor.record_stream(current)
+
+
+def rejoin() -> None:
+    """After an exception in a capture: a lane that is away in it comes back to the current stream, without which it cannot be ended."""
+    for device, stream in _streams.items():
+        with torch.cuda.stream(stream):
+            away = torch.cuda.is_current_stream_capturing()
+        if away:
+            with suppress(RuntimeError):  # a capture that was invalidated takes nothing more
+                torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def lane_for(tokens: Tensor) -> Lane:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WATCHED = 2
-"""Steps after which the forecast is corrected; before a step is captured as a graph, which happens after three of them."""
+"""Calls after the first step, whose optimizer made its states, until the forecast is corrected."""
 
 
 def policy(plan: Plan, blocks: int) -> Checkpointing:
@@ -69,6 +69,7 @@ class ActivationBudget(Execution):
         inner.makes_room = False  # steps without graphs are slower than steps that recompute more
         self.budget, self.block = budget, block
         self._largest, self._peak = largest, peak
+        self._first: int | None = None
         self._seen = 0
 
     @property
@@ -92,7 +93,7 @@ class ActivationBudget(Execution):
             self._keep(0)
             self._seen = WATCHED
         else:
-            self._watch(items)
+            self._watch(items, step)
             return results
         self.runner.abort()
         self.masters.gather()
@@ -110,12 +111,13 @@ class ActivationBudget(Execution):
     def _device(self) -> torch.device:
         return self.masters.optimized()[0].device
 
-    def _watch(self, items: Sequence[Item]) -> None:
+    def _watch(self, items: Sequence[Item], step: int) -> None:
         """Corrects once, after so many steps of the largest shape; too much is taken back at any time."""
         if self._seen >= WATCHED:
             return
         peak = self._peak() + self.inner.to_come
-        self._seen += any(self._largest(item.batch) for item in items)
+        self._first = step if self._first is None else self._first
+        self._seen += step > self._first and any(self._largest(item.batch) for item in items)
         if self._seen < WATCHED and peak <= self.budget:
             return
         now = corrected(self.kept, len(self.runner.blocks), peak, self.budget, self.block)

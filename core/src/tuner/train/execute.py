@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tuner.errors import EnvironmentProblem
 from tuner.interfaces.losses import Regularizer
 from tuner.interfaces.memory import MemorySession
+from tuner.model.lanes import rejoin
 from tuner.model.runner import BlockRunner
 from tuner.train.masters import MasterWeights
 from tuner.train.step import Item, StepResult, TrainingModel, train_together
@@ -173,34 +174,41 @@ class GraphExecution(Execution):
             with torch.no_grad():
                 self.training.family.enter(self.training.model, item.batch, item.noise)
         graph = torch.cuda.CUDAGraph()
+        failed: list[BaseException] = []
         with _set_aside(self.masters.optimized()):
             try:
                 with recording(graph, pool):
-                    results, gradients = self._recorded(own, step, share)
+                    results, gradients = self._recorded(own, step, share, failed)
             except RuntimeError as error:
                 self.training.blocks.abort()
                 self.masters.gather()  # what the attempt left there was never computed
-                self._not_captured(error)
+                self._not_captured(failed.pop() if failed else error)
                 return None
         self._pool = pool
         kept = [tensor.detach() for result in results for tensor in tensors(result.entered)]
         return _Graph(graph, list(tensors(own)), [_detached(result) for result in results], gradients, kept)
 
-    def _recorded(self, own: Sequence[Item], step: int, share: float) -> tuple[list[StepResult], list[Tensor | None]]:
+    def _recorded(
+        self, own: Sequence[Item], step: int, share: float, failed: list[BaseException]
+    ) -> tuple[list[StepResult], list[Tensor | None]]:
+        """`failed` gets what went wrong, because ending the capture may raise, too."""
         try:
             results = _forward_backward(self.training, own, step, share)
             return results, self._keep(self.masters.gather())
-        except BaseException:
+        except BaseException as error:
+            failed.append(error)
             self.training.blocks.abort()  # inside: a capture can be ended only when the stream of the copies has come back
+            rejoin()  # and that of the small work
             raise
 
-    def _not_captured(self, error: RuntimeError) -> None:
-        """Raises where graphs are required; else says so, and no further shape is captured."""
-        # Ending a capture that has failed may raise, too; then what went wrong first is in the context.
+    def _not_captured(self, error: BaseException) -> None:
+        """Raises where graphs are required, and what no driver says; else says so, and no further shape is captured."""
+        if not isinstance(error, RuntimeError):
+            raise error
         full = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
         if full is not None and self._required:
             raise full
-        reason = f"the training step could not be captured: {str(full or error).splitlines()[0]}"
+        reason = f"the training step could not be captured: {(str(full or error).splitlines() or [type(error).__name__])[0]}"
         if self._required:
             raise EnvironmentProblem(reason, where="cuda_graphs", remedy="set it to auto, or off") from error
         log.warning("%s; it is carried out plainly", reason)

@@ -18,7 +18,7 @@ FORWARD_SECONDS_PER_PARAMETER = 2.2e-11
 """A third of what 18.5e9 parameters in 48 blocks take for forward, recomputation and gradients at 6,144 tokens on an H200: 1.2 s."""
 DISK_SPEED = 3e9
 """Bytes a second of a good NVMe drive, read in order."""
-BITS = {"int8": 8, "fp8": 8, "int4": 4, "fp4": 4, "nf4": 4}
+BITS = {"bf16-packed": 12, "int8": 8, "fp8": 8, "int4": 4, "fp4": 4, "nf4": 4}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def forecast_layers(
     overhead = _overhead(facts, Streaming((), slots, beside, cuda), [moved, round(backward * moved)])
     stored = f"{_gb(moved)} {'page-locked ' if cuda else ''}in host memory"
     summary = f"{words}: {_gb(device)} of weights on the device, {stored}, {_gb(3 * moved)} copied a step; {_pace(overhead, cuda)}"
-    return MemoryPlan(device, moved, moved if cuda else 0, 3 * moved, overhead, summary, moved, beside)
+    return MemoryPlan(device, moved, moved if cuda else 0, 3 * moved, overhead, summary, moved, beside, inside_blocks=True)
 
 
 def unknown(words: str) -> MemoryPlan:

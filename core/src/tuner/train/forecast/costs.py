@@ -89,8 +89,8 @@ def probe(quantizer: Quantizer) -> Precision:
     quantizer.quantize(layer)
     identity = torch.eye(PROBE, dtype=torch.bfloat16)
     after = layer(identity).t().float()
-    if quantizer.compute:  # here it is carried out in other steps than on a card, of which the meta device knows
-        layer, identity = layer.to("meta"), identity.to("meta")
+    # Here it is carried out in other steps than on a card, of which the meta device knows.
+    layer, identity = layer.to("meta"), identity.to("meta")
     with (live := LiveBytes(tensor.untyped_storage() for tensor in (identity, *pieces(layer.weight)))):
         layer(identity)
     expanding = max(0, live.take_peak() - 2 * identity.numel()) / (2 * before.numel())
@@ -176,12 +176,13 @@ def peak_parts(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision
     masters = not job.optimizer.low_precision and step.width < 4
     full = job.model.settings.get(ModelSettings).model_type == "full"
     trained = (step.trained[1] if full else count) * step.width  # in full the blocks' own are the block weights
-    accumulated = (4 * count if masters else step.gradients) if settings.gradient_accumulation_steps > 1 else 0
-    passing = step.peak + accumulated + _made_of_weights(job, precision, joint=joint)
+    # Of batches that follow each other gradients are added to sums; those of batches taken together are the sums.
+    accumulated = (4 * count if masters else step.gradients) if settings.gradient_accumulation_steps > 1 and not joint else 0
+    passing = step.peak + accumulated + _made_of_weights(job, plan, precision, joint=joint)
     taking, update = updating(step, masters=masters, low_precision=job.optimizer.low_precision)
     passing = max(passing, step.entered + taking)
-    # What a captured graph works in stays reserved for it. Sums over batches are what the optimizer steps with.
-    together = passing + update - accumulated if job.graphs else max(passing, step.entered + update)
+    # What a captured graph works in stays reserved for it.
+    together = passing + update if job.graphs else max(passing, step.entered + update)
     return {
         "block weights": plan.device_bytes, "other weights": step.outside, "trained weights": trained,
         "optimizer": round(count * (job.optimizer.state + (4 if masters else 0))), "activations and gradients": together,
@@ -189,10 +190,11 @@ def peak_parts(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision
     }  # fmt: skip
 
 
-def _made_of_weights(job: Job, precision: Precision, *, joint: bool) -> int:
+def _made_of_weights(job: Job, plan: MemoryPlan, precision: Precision, *, joint: bool) -> int:
     """Bytes of plain or turned weights beside those of the blocks: of the largest layer, or of a whole block for all its batches."""
     dtype = job.model.context.dtype
     each = linear_bytes(job.facts, None, dtype)
+    joint = joint and not plan.inside_blocks
     if joint and precision.quantizer is not None and precision.quantizer.compute:
         return sum(linear_bytes(job.facts, precision.quantizer, dtype))
     return round(precision.expanding * (sum(each) if joint else max(each, default=0)))
@@ -217,8 +219,12 @@ def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, m
     """
     dtype, settings = job.model.context.dtype, job.model.settings
     plainly, packed = (sum(linear_bytes(job.facts, quantizer, dtype)) for quantizer in (None, precision.quantizer))
-    # A block that is recomputed expands its weights twice on the way back, but once for batches that it takes together.
+    # A block that is recomputed expands its weights twice on the way back; for batches that it takes together it does so once on each way,
+    # unless its weights come and go meanwhile.
     products = 2 if step.backward_work.flops > 1.5 * step.forward_work.flops else 1
+    batches = settings.get(OptimizerSettings).gradient_accumulation_steps
+    once = joint and not plan.inside_blocks
+    each = batches if joint and plan.inside_blocks else 1
     there, back = step.forward_work, step.backward_work
     eight_bits = precision.quantizer is not None and bool(precision.quantizer.compute)
     if eight_bits:  # multiplied as they lie, and turned for the gradient; what they are multiplied with is rounded first
@@ -226,12 +232,12 @@ def seconds(job: Job, step: Footprint, plan: MemoryPlan, precision: Precision, m
         there, back = there + Work(kernels=layers), back + Work(kernels=(products + 1) * layers, moved=2 * packed)
     elif precision.quantizer:
         expanded = Work(moved=plainly + packed)
-        there, back = there + expanded, back + expanded * (1 if joint else products)
+        there, back = there + expanded * each, back + expanded * (1 if once else products * each)
     walks = [_computing(work, machine, graphs=job.graphs, eight_bits=eight_bits) * step.blocks for work in (there, back)]
     copies = (plan.forward_bytes / machine.link, (plan.traffic_bytes - plan.forward_bytes) / machine.link)
     took = sum(max(pair) if plan.beside else sum(pair) for pair in zip(walks, copies, strict=True))
     one = took + _computing(step.other_work, machine, graphs=job.graphs)
-    return one if joint else one * settings.get(OptimizerSettings).gradient_accumulation_steps
+    return one if joint else one * batches
 
 
 def _computing(work: Work, machine: Machine, *, graphs: bool, eight_bits: bool = False) -> float:
