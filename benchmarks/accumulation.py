@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from figures import Figure, write_json
-from memory import GROUPS, INT8, block_bytes, free, link_speed, run
+from memory import GROUPS, INT8, PACKED, block_bytes, free, link_speed, run
 from plain import WORK, Size
 from product import ProductStep, Setup
 from program import begin, parser_of
@@ -59,6 +59,7 @@ def cases(blocks: int) -> list[Case]:
         Case("resident", "batch", {}),
         Case("streamed", "layer", GROUPS, 1),
         Case("streamed, int8", "layer", GROUPS | INT8, 1),
+        Case("streamed, bf16 in 12 bits", "layer", GROUPS | PACKED, 1),
         Case(f"{swapped} of {blocks} blocks streamed", "layer", swap, swapped / blocks),
         Case("streamed", "batch", GROUPS, 1),
     ]

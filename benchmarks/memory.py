@@ -29,6 +29,7 @@ from tuner.train.execute import GraphExecution, PlainExecution
 
 GROUPS = {"enable_group_offload": "true", "group_offload_use_stream": "true"}
 INT8 = {"base_model_precision": "int8-torchao"}
+PACKED = {"base_model_precision": "bf16-packed"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Case:
     """By work; it is measured on these."""
 
     @property
-    def quantized(self) -> bool:
-        """Whether its base is in 8 bits."""
-        return "base_model_precision" in self.keys
+    def precision(self) -> str:
+        """Of its base; empty: as it is."""
+        return self.keys.get("base_model_precision", "")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def cases(blocks: int) -> list[Case]:
             "group offload with a stream, bf16", GROUPS,
             limits={"head": bf16, "121f": Limits(12, 1.2, 1.2), "video": Limits(7, 1.1, 1.1)},
         ),
+        Case("resident, bf16 in 12 bits", PACKED, 0, {"head": NONE, "121f": NONE}),
+        Case("group offload with a stream, bf16 in 12 bits", GROUPS | PACKED, limits={"head": bf16, "121f": Limits(12, 1.2, 1.2)}),
         Case("RamTorch, bf16", {"ramtorch": "true"}, 3, {"head": Limits(8, 1.25, 1.25)}),
         Case(f"Musubi block swap of {blocks - 1}, bf16", swap, limits={"head": bf16}),
     ]
@@ -155,28 +158,28 @@ def measure(arguments: argparse.Namespace, device: torch.device, speed: float, s
     every = cases(48 if arguments.size == "real" else 2)
     chosen = [case for case in every if any(word in case.name for word in arguments.only.split(","))]
     rows: list[Timed] = []
-    resident: dict[tuple[bool, bool, str], tuple[float, float]] = {}
-    sizes: dict[bool, int] = {}
+    resident: dict[tuple[str, bool, str], tuple[float, float]] = {}
+    sizes: dict[str, int] = {}
     for case in every:
         # What a chosen row is measured against is measured too.
-        needed = not case.fetches and (not case.quantized or any(other.quantized for other in chosen))
+        needed = not case.fetches and (not case.precision or any(other.precision == case.precision for other in chosen))
         mine = [work for work in works if work in case.limits]
         if (case not in chosen and not needed) or not mine:
             continue
         video_only = mine == ["video"]
         step = ProductStep(shape_of(arguments.size, mine[0]), Setup(video_only=video_only, keys=case.keys), device, arguments.size)
         if not case.fetches:
-            sizes[case.quantized] = block_bytes(step)
+            sizes[case.precision] = block_bytes(step)
         for work in mine:
             step.take(shape_of(arguments.size, work))
             for graphs in [False] * arguments.plain + [True] * (device.type == "cuda" and step.session.capturable):
                 step.execution = (GraphExecution if graphs else PlainExecution)(step.run, step.masters)
                 seconds, peak = run(step, device, arguments.steps)
                 if not case.fetches:
-                    resident[case.quantized, graphs, work] = walks_of(step, device, seconds, graphs)
-                walks = resident[case.quantized and bool(case.fetches), graphs, work]
-                bound = bound_of(case, walks, sizes[case.quantized] / speed)
-                held = sizes[case.quantized] if not case.fetches else ring_bytes(step)
+                    resident[case.precision, graphs, work] = walks_of(step, device, seconds, graphs)
+                walks = resident[case.precision if case.fetches else "", graphs, work]
+                bound = bound_of(case, walks, sizes[case.precision] / speed)
+                held = sizes[case.precision] if not case.fetches else ring_bytes(step)
                 limits = case.limits[work]
                 asked = (limits.gib, limits.graph if graphs else limits.plain)
                 name = case.name + ", CUDA graph" * graphs

@@ -18,6 +18,7 @@ from integration.gpu_runs import (
     HAS_GPU,
     INSIDE,
     INT8,
+    PACKED,
     RAMTORCH,
     SAME,
     SWAP,
@@ -45,6 +46,7 @@ CASES: Mapping[str, Keys] = {
     "every other block recomputed": {"gradient_checkpointing_interval": 2},
     "kept by budget": {"gradient_checkpointing": "auto"},
     "int8": INT8,
+    "12 bits": PACKED,
     "products in 8 bits": FP8,
     "adamw_bf16": {"optimizer": "adamw_bf16"},
     "TREAD": TREAD,
@@ -64,6 +66,7 @@ CASES: Mapping[str, Keys] = {
 STREAMED: Mapping[str, tuple[Keys, Keys]] = {
     "groups": (GROUPS, {}),
     "groups in 8 bits": (GROUPS, INT8),
+    "groups in 12 bits": (GROUPS, PACKED),
     "groups with TREAD and CREPA": (GROUPS, {**TREAD, **CUT}),
     "groups, nothing recomputed": (GROUPS, {"gradient_checkpointing": False}),
     "groups, kept by budget": (GROUPS, {"gradient_checkpointing": "auto"}),

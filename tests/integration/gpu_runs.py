@@ -48,6 +48,7 @@ GROUPS = {"enable_group_offload": True, "group_offload_use_stream": True}
 SWAP = {"musubi_blocks_to_swap": 3}
 RAMTORCH = {"ramtorch": True}
 INT8 = {"base_model_precision": "int8-torchao"}
+PACKED = {"base_model_precision": "bf16-packed"}
 FP8 = {"base_model_compute": "fp8"}
 TREAD = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}}
 CREPA = {"crepa_enabled": True, "crepa_encoder": "tiny", "crepa_encoder_image_size": 56, "crepa_block_index": 1, "crepa_warmup_steps": 2}

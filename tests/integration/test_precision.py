@@ -45,6 +45,19 @@ def test_a_quantized_run_leaves_plain_files_and_is_resumed_as_it_was(project: Pr
     assert "base_model_precision: 'int8-torchao' in the checkpoint, 'int8-quanto' now" in error and "versions.optimum-quanto" in error
 
 
+def test_packed_weights_train_to_the_bit_as_plain_ones(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = {"base_model_precision": "bf16-packed"}
+    ways = ({}, packed, {**packed, "enable_group_offload": True, "group_offload_use_stream": True}, {**packed, "ramtorch": True})
+    found = []
+    for number, keys in enumerate(ways):
+        assert project.train(max_train_steps=2, mixed_precision="bf16", output_dir=f"out{number}", **keys) == 0
+        found.append(load_file(project.folder / f"out{number}" / "lora.safetensors"))
+        assert ("bf16-packed" in capsys.readouterr().out) == bool(keys)
+    assert all(one.keys() == found[0].keys() and all(torch.equal(one[key], found[0][key]) for key in one) for one in found[1:])
+    assert project.train("--dry-run", mixed_precision="no", **packed) == 2
+    assert "would take fewer bytes" in capsys.readouterr().err
+
+
 def test_full_fine_tuning_of_a_quantized_model_is_refused(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert project.train("--dry-run", base_model_precision="fp8-torchao", model_type="full") == 2
     assert "base_model_precision: full fine-tuning needs the weights as they are" in capsys.readouterr().err

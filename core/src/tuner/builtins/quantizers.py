@@ -58,7 +58,7 @@ class LinearQuantizer(Quantizer):
 
     @torch.no_grad()
     def quantize(self, module: nn.Module) -> QuantizedPart:
-        changed, before, after = [], 0, 0
+        changed, left, before, after = [], [], 0, 0
         for name, layer in module.named_modules():
             if type(layer) is not nn.Linear or not self.fits(layer.out_features, layer.in_features):
                 continue
@@ -66,7 +66,9 @@ class LinearQuantizer(Quantizer):
             if self._become(layer):
                 before, after = before + size, after + stored_bytes(layer.weight)
                 changed.append(name)
-        return QuantizedPart(tuple(changed), before, after)
+            else:
+                left.append(name)
+        return QuantizedPart(tuple(changed), before, after, tuple(left))
 
     @property
     def computes(self) -> frozenset[str]:

@@ -205,6 +205,8 @@ class QuantizedPart:
     modules: tuple[str, ...] = field(default_factory=tuple)
     bytes_before: int = 0
     bytes_after: int = 0
+    left: tuple[str, ...] = field(default_factory=tuple)
+    """Names of modules that it would have changed, but whose numbers it cannot hold."""
 
 
 class Quantizer(ABC):

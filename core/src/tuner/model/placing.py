@@ -54,7 +54,7 @@ class BlockPlacement(Placement):
         self.streamed = streamed
         # Quantizing is quick where the weights will be computed with; what is streamed unquantized need not go there first.
         self.reading = HOST if streamed and quantizer is None else device
-        self._quantized = 0
+        self._quantized, self._left = 0, list[str]()
         self._undo: list[Callable[[], None]] = []
 
     def expect(self, index: int, block: nn.Module, dtype: torch.dtype) -> None:
@@ -64,12 +64,17 @@ class BlockPlacement(Placement):
 
     def received(self, index: int, block: nn.Module) -> None:
         if self.quantizer is not None:
-            self._quantized += len(self.quantizer.quantize(block).modules)
+            done = self.quantizer.quantize(block)
+            self._quantized += len(done.modules)
+            self._left += [f"{index}.{name}" for name in done.left]
         self.session.receive(index, block, self.device)
 
     def attach(self, blocks: BlockSet, *, owner: nn.Module | None = None) -> MemorySession:
-        if self.quantizer is not None and not self._quantized:
-            log.warning("%s: no linear layer of %s and the other blocks is large enough for it", self.quantizer.name, blocks.names[0])
+        if self.quantizer is not None and self._left:
+            counted = f"{len(self._left)} of {len(self._left) + self._quantized}"
+            log.warning("%s cannot hold %s linear layers, which stay as they are, such as %s", self.quantizer.name, counted, self._left[0])
+        elif self.quantizer is not None and not self._quantized:
+            log.warning("%s: no linear layer of %s and the other blocks would take fewer bytes", self.quantizer.name, blocks.names[0])
         self.session.attach(blocks)
         if owner is not None and type(self.session) is not MemorySession:
             self._undo = fire_events(owner, blocks.blocks, self.session)

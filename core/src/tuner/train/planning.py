@@ -146,7 +146,7 @@ def precision_problems(plan: Plan) -> list[TunerError]:
         problem, remedy = "full fine-tuning needs the weights as they are", f"set {key} to {NO_CHANGE}, or model_type to lora"
         return [ConfigError(problem, where=key, value=asked, remedy=remedy)]
     if before and before == after:
-        return [ConfigError("no layer of this model's blocks is large enough for it", where=key, value=asked, remedy=f"use {NO_CHANGE}")]
+        return [ConfigError("no layer of this model's blocks would take fewer bytes", where=key, value=asked, remedy=f"use {NO_CHANGE}")]
     return compute_problems(plan)
 
 
