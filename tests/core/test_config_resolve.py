@@ -48,6 +48,26 @@ def write(folder: Path, content: object) -> Path:
     return path
 
 
+class Places(Options):
+    """Two keys that take each other's place."""
+
+    title = "Places"
+    alternatives = (("folder", "file"),)
+    folder: str = option("", help="A folder.")
+    file: str = option("", help="A file.")
+
+
+def test_of_two_keys_that_take_each_others_place_the_nearer_one_counts(tmp_path: Path) -> None:
+    path = write(tmp_path, {"file": "data.json"})
+    found = resolve([Places], config_file=path, flags={"folder": "clips"})
+    assert (found.value("folder"), found.value("file"), found.origin("file")) == ("clips", "", "default")
+    assert found.notices == (f"file: left aside ({path}), because folder is given (--folder)",)
+    found = resolve([Places], config_file=path, environ={"TUNER_FOLDER": "clips"}, flags={"file": "other.json"})
+    assert (found.value("folder"), found.value("file")) == ("", "other.json")
+    both = resolve([Places], flags={"folder": "clips", "file": "data.json"})
+    assert (both.value("folder"), both.value("file"), both.notices) == ("clips", "data.json", ())  # for whoever reads them to refuse
+
+
 def settings(**flags: object) -> Settings:
     return resolve([SampleOptions], flags=flags)
 

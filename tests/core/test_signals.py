@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tuner.train import signals
 from tuner.train.signals import StopRequests, before_training
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
@@ -18,20 +19,46 @@ def known_handlers() -> Iterator[None]:
     """A test run started in the background inherits an ignored SIGINT; start from one known state, and put it back."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_first_signal_asks_for_a_stop(number: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_first_signal_asks_for_a_stop(number: signal.Signals, code: int, left: list[bool]) -> None:
     said: list[str] = []
     with StopRequests(said.append) as requests:
         assert requests.stop == 0
         signal.raise_signal(number)
         assert requests.stop == code
     assert len(said) == 1
-    assert number.name in said[0]
+    assert number.name in said[0] and len(left) == (number == signal.SIGHUP)
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """How often the terminal was left, which the one that the tests run in shall not be."""
+    times: list[bool] = []
+    monkeypatch.setattr(signals, "_leave_terminal", lambda: times.append(True))
+    return times
+
+
+def test_a_terminal_hangs_up_once_and_under_nohup_not_at_all(left: list[bool]) -> None:
+    with StopRequests() as requests:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # of the shell, after that of the system
+        assert requests.stop == 129 and len(left) == 1
+        signal.raise_signal(signal.SIGTERM)  # whoever asks for more gets it
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    with pytest.raises(SystemExit) as ended, before_training(lambda text: None):
+        signal.raise_signal(signal.SIGHUP)
+    assert ended.value.code == 129 and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with before_training(lambda text: None), StopRequests() as requests:
+        signal.raise_signal(signal.SIGHUP)
+        assert requests.stop == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_second_interrupt_ends_now_and_the_third_needs_no_python() -> None:

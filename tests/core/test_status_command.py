@@ -87,6 +87,19 @@ def test_on_another_machine_the_heartbeat_tells(tmp_path: Path, seconds: int, st
     assert read_status(tmp_path, now=beat - timedelta(seconds=9)).silent == 0  # clocks differ
 
 
+def test_without_a_heartbeat_the_last_event_tells(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=20, state="finished", samples=False)
+    run.event("finished", step=20)
+    for content in ("{", None):
+        if content is None:
+            (tmp_path / "heartbeat.json").unlink()
+        else:
+            (tmp_path / "heartbeat.json").write_text(content)
+        assert read_status(tmp_path).state == "finished"
+    run.event("resumed", step=20)
+    assert read_status(tmp_path).state == "died"
+
+
 def test_half_written_files_are_read_as_far_as_they_are_whole(tmp_path: Path) -> None:
     running(tmp_path)
     for name in ("events.jsonl", "metrics.jsonl"):

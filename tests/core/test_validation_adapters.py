@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,8 @@ def test_layouts_of_a_list_that_mean_the_same(config: object, tmp_path: Path) ->
     [
         ({"soft": 3}, ["validation_adapter_config.soft", "path", "3"]),
         ({"soft": {"path": "a", "strenght": 1}}, ["validation_adapter_config.soft", "strenght", "strength"]),
+        ({"soft": {"path": "a", "strength": math.nan}}, ["validation_adapter_config.soft.strength", "finite"]),
+        ({"soft": {"path": "a", "strength": 10**400}}, ["validation_adapter_config.soft.strength", "finite"]),
         ({"soft": {"strength": 1}}, ["validation_adapter_config.soft", "`path` or `adapters`"]),
         ({"soft": {"path": "a", "strength": "much"}}, ["validation_adapter_config.soft.strength", "much"]),
         ({"soft": {"path": ""}}, ["validation_adapter_config.soft.path"]),
@@ -239,7 +242,7 @@ def test_an_adapter_that_does_not_fit_is_named_before_training(project: TinyProj
         save_file({f"transformer.{layer}.{end}": tensor.clone() for end, tensor in pair.items()}, tmp_path / f"{name}.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
     expected = {
-        "shape": "adapter 4x5, model", "layer": "blocks.99.to_q: the model has no such layer", "text": "no adapter in a known layout",
+        "shape": "adapter 4x5, model", "layer": "blocks.99.to_q: the model has no such layer", "text": "is damaged, or no safetensors file",
     }  # fmt: skip
     for name, words in expected.items():
         with pytest.raises(ConfigError) as raised:

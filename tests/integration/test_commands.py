@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tuner.plugins.loader import load_plugins
 from tuner.plugins.registry import Registry
 from tuner.train.saving.checkpoint import load_checkpoint
 from tuner.train.session import train
+from tuner_ltxvideo2.family import LTX2Family
 
 Capture = pytest.CaptureFixture[str]
 TOKEN = "hf_" + "Z" * 34
@@ -111,6 +113,29 @@ def test_export_and_sample_say_where_they_wrote(project: Project, capsys: Captur
     assert "--lora: there is no such file or folder (got 'otu')" in capsys.readouterr().err
     assert project.tuner(*sample, "--lora", "out", "--no-sound", "-o", "silent.mp4") == 0, "its layers for sound are left out"
     assert not probe(Path("silent.mp4")).has_audio
+
+
+def test_an_adapter_is_scaled_as_asked_or_refused(project: Project, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert project.train(max_train_steps=1, learning_rate=0.05) == 0
+    small = ["--validation_resolution", "64x64", "--validation_num_video_frames", 9, "--validation_num_inference_steps", 1]
+    sample = ["sample", "--config", project.config(), "--prompt", "a pattern", *small, "--no-sound", "-o", "clip.mp4"]
+    made = set()
+    for strength in (1, 0, -3):
+        assert project.tuner(*sample, "--lora", "out", "--strength", strength) == 0
+        made.add(Path("clip.mp4").read_bytes())
+    assert len(made) == 3, "a negative scale is a scale"
+    capsys.readouterr()
+    for arguments, said in (
+        (["--lora", "out", "--strength", "nan"], "--strength: must be a finite number"),
+        (["--lora", "out", "--strength", "inf"], "--strength: must be a finite number"),
+        (["--strength", 2], "--strength: is the scale of an adapter, and none is given"),
+    ):
+        assert project.tuner(*sample, *arguments) == 2
+        assert said in capsys.readouterr().err
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory")):
+        monkeypatch.setattr(LTX2Family, "sample", Mock(side_effect=error))
+        assert project.tuner(*sample) == 5
+        assert "memory for a clip of 64x64 and 9 frames" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

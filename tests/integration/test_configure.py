@@ -198,12 +198,12 @@ def test_where_planning_is_impossible_the_plugins_questions_are_asked(monkeypatc
     asked = ("[ltxvideo2]", "[dev]", "[lora]", "Weights", "[bf16]", "[clips]", "[textfile]", "trigger", "How many frames", "silence",
              "[512]", "sound too", "Rank", "batch", "steps", "Learning", "result", "A checkpoint", "Prompt", "TREAD", "CREPA")  # fmt: skip
     script = Script(
-        monkeypatch, *((part, "") for part in asked), ("frozen weights? [no_change]", "2"), ("group by group? [no]", "yes"),
+        monkeypatch, *((part, "") for part in asked), ("frozen weights? [no_change]", "3"), ("group by group? [no]", "yes"),
         ("while the present one is computed? [yes]", ""),
     )  # fmt: skip
     assert run(["configure", *given]) == 0
     shown = capsys.readouterr().out
-    assert script.done and "what fits cannot be planned now" in shown and " 2  int8-torchao" in shown
+    assert script.done and "what fits cannot be planned now" in shown and " 3  int8-torchao" in shown
     written = content(CONFIG)
     assert written["base_model_precision"] == "int8-torchao"
     assert written["enable_group_offload"] is written["group_offload_use_stream"] is True  # and no second strategy was asked about

@@ -140,6 +140,11 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_loaded(proje
         assert "to_q" in capsys.readouterr().err
     assert project.tuner("export", project.tiny.checkpoint, "--config", config) == 6
     assert "no adapter" in capsys.readouterr().err
+    content = Path("out/lora.safetensors").read_bytes()
+    for cut in (content[:-100], content[:50], b""):
+        Path("out/cut.safetensors").write_bytes(cut)
+        assert project.tuner("sample", "--prompt", "x", "--lora", "out/cut.safetensors", "--config", config) == 6
+        assert "is damaged, or no safetensors file" in capsys.readouterr().err
     assert project.tuner("export", "nowhere", "--config", config) == 6
     assert not Path("sample.mp4").exists() and sorted(Path().glob("*.safetensors")) == [Path("narrow.safetensors")]
 

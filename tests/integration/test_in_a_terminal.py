@@ -71,6 +71,15 @@ def test_ctrl_c_while_another_terminal_watches(project: Project, launcher: Launc
     assert run.raw.rindex("\x1b[?25h") > run.raw.rindex("\x1b[?25l")
 
 
+def test_a_terminal_that_goes_stops_the_run_in_order(project: Project, launcher: Launcher) -> None:
+    with ForkedCommand(launcher, "train", "--config", config(project, max_train_steps=5000), columns=80) as run:
+        run.wait_for(r"[23]/5000")
+        run.hang_up()
+        assert run.end() == 129
+    (event,) = [json.loads(line) for line in Path("out/events.jsonl").read_text().splitlines() if '"stopped"' in line]
+    assert Path(f"out/checkpoint-{event['step']}").is_dir() and event["step"] < 5000
+
+
 @WIDTHS
 def test_a_dataset_is_inspected(project: Project, launcher: Launcher, columns: int) -> None:
     add_damaged_clip(Path("clips"), "torn")

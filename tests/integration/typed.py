@@ -63,6 +63,12 @@ class Typed:
         """Presses keys; "\\x03" is Ctrl-C, "\\x04" Ctrl-D."""
         os.write(self._own, keys.encode())
 
+    def hang_up(self) -> None:
+        """Closes the terminal's window, so to say: whoever has it as theirs gets SIGHUP, and nothing can be written to it any more."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nowhere, self._own)
+        os.close(nowhere)
+
     def read_all(self) -> None:
         """Until the other side is closed."""
         deadline = time.monotonic() + PATIENCE

@@ -69,7 +69,7 @@ class PackedTensor(Tensor):
         name, (first, *_) = func.overloadpacket._qualified_op_name, args
         if name in ("aten::detach", "aten::alias", "aten::clone"):
             return cls(*(func(getattr(first, piece), **(kwargs or {})) for piece in PIECES))
-        raise NotImplementedError(f"{name} of packed weights: they are expanded for it")
+        raise TypeError(f"{name} of packed weights: they are expanded for it")
 
 
 def places_of(rows: int, columns: int) -> int:

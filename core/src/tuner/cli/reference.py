@@ -128,7 +128,7 @@ def commands_page() -> str:
     """The help of every command of the core."""
     group = build()
     parts = ["# Commands", GENERATED, "Exit codes: 0 done, 1 a bug, 2 usage or configuration, 3 environment, 4 data, 5 out of memory, "
-             "6 checkpoint, 7 numeric, 8 network or hub, 9 disk, 10 plugin, 130 and 143 stopped by a signal."]
+             "6 checkpoint, 7 numeric, 8 network or hub, 9 disk, 10 plugin, 129, 130 and 143 stopped by a signal."]
     with click.Context(group, info_name="tuner", terminal_width=WIDTH, **group.context_settings) as context:
         parts.append(_help("tuner", group, context))
         for name in COMMANDS:

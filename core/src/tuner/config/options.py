@@ -23,6 +23,9 @@ class Options(BaseModel):
     changes_numbers: ClassVar[bool] = True
     """Whether these keys can change what a training step computes, bit for bit; if not, a run may be resumed with other values."""
 
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs of keys of which one takes the other's place: of a flag and a file, say, the flag's counts."""
+
     def enabled(self) -> bool:
         """Whether the component is switched on by these values; components chosen by name leave it True."""
         return True

@@ -118,6 +118,9 @@ def resolve(
         for item in decoded
         if item is not None and (not item.key.unsupported or _accepts_unsupported(item, problems, notices))
     }
+    for options in vocabulary.option_types:
+        for pair in options.alternatives:
+            _choose(pair, acting, notices)
     models = _build_models(vocabulary, acting, problems)
     if problems:
         raise combined(problems)
@@ -125,6 +128,8 @@ def resolve(
     return Settings(vocabulary, models, {name: item.origin for name, item in acting.items()}, notices)
 
 
+ORIGINS = ("run", "file", "environment", "flag")
+"""Where a value may come from, the nearest last."""
 Pair = tuple[str, str, str, object]
 """Origin, place, key as spelled, value."""
 
@@ -230,6 +235,16 @@ def _accepts_unsupported(item: Given, problems: list[ConfigError], notices: list
     else:
         notices.append(f"{key.name}: {shown(key.name, item.value)!r} has no effect: {key.unsupported} ({item.place})")
     return valid
+
+
+def _choose(pair: tuple[str, str], given: dict[str, Given], notices: list[str]) -> None:
+    """Of two keys that take each other's place the one from the nearer source stays; two from one source are for whoever reads them."""
+    if not all(name in given for name in pair):
+        return
+    farther, nearer = sorted((given[name] for name in pair), key=lambda item: ORIGINS.index(item.origin))
+    if farther.origin != nearer.origin:
+        del given[farther.key.name]
+        notices.append(f"{farther.key.name}: left aside ({farther.place}), because {nearer.key.name} is given ({nearer.place})")
 
 
 def _build_models(vocabulary: Vocabulary, given: Mapping[str, Given], problems: list[ConfigError]) -> dict[type[Options], Options]:

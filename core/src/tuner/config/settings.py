@@ -163,6 +163,7 @@ class DataSettings(Options):
     """Datasets and their cache."""
 
     title: ClassVar[str] = "Data"
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = (("data_backend_config", "data"),)
 
     data_backend_config: str = option("", help="The dataset file: a JSON list of entries.", metavar="FILE")
     data: str = option(

@@ -82,7 +82,7 @@ class EncoderAtWork:
                 return [error]
             lacking = ""
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            lacking = _lacking(error)
+            lacking = lacking_memory(error)
             if not lacking:
                 raise
         else:
@@ -114,7 +114,7 @@ class EncoderAtWork:
         raise OutOfMemoryError(message, where=tasks[0].name, remedy=remedy)
 
 
-def _lacking(error: BaseException) -> str:
+def lacking_memory(error: BaseException) -> str:
     """Which memory ran out; empty: it is another error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "device"

@@ -197,9 +197,9 @@ class RunFolder:
             raise self._unwritable(name, error) from error
 
     def _unwritable(self, name: str, error: OSError) -> DiskError:
-        return DiskError(
-            f"cannot be written: {error.strerror}", where=str(self.path / name), remedy="free some space, or set another output_dir"
-        )
+        gone = error.errno == errno.ENOENT
+        remedy = "the folder was removed: set another output_dir" if gone else "free some space, or set another output_dir"
+        return DiskError(f"cannot be written: {error.strerror}", where=str(self.path / name), remedy=remedy)
 
 
 def masked_facts(facts: Mapping[str, object] | None) -> dict[str, object]:

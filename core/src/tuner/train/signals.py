@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+import termios
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 
+EXIT_HUNG_UP = 129
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-_EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}
+_EXIT_CODES = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED, signal.SIGHUP: EXIT_HUNG_UP}
 
 
 class StopRequests:
-    """Collects SIGINT, SIGTERM and SIGUSR1 while it is entered, and puts the former handlers back afterwards.
+    """Collects SIGINT, SIGTERM, SIGHUP and SIGUSR1 while it is entered, and puts the former handlers back afterwards.
 
-    `stop`: 0, or the exit code to end with after saving (130 for SIGINT, 143 for SIGTERM). The same signal once more ends the
-    process now: as KeyboardInterrupt or SystemExit(143), so that the terminal and temporary files are left in order; the
+    `stop`: 0, or the exit code to end with after saving (130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP). The same signal once more ends
+    the process now: as KeyboardInterrupt or SystemExit(143), so that the terminal and temporary files are left in order; the
     one after that meets the system's own handler, which needs no Python to run. `checkpoint_now`: SIGUSR1 arrived.
+    SIGHUP comes when the terminal goes, often from the system and the shell both: only the first counts, and what is written to that
+    terminal from then on is dropped. Under `nohup`, which has it ignored, it stays ignored.
     `notify` is told in words what happens, at once, since a step may take long. Python allows handlers in the main thread
     only; in any other thread this does nothing.
 
@@ -61,7 +67,7 @@ class StopRequests:
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
-            for number in _EXIT_CODES:
+            for number in _heeded(*_EXIT_CODES):
                 self._former[number] = signal.signal(number, self._on_stop)
             self._former[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_checkpoint)
         return self
@@ -78,11 +84,14 @@ class StopRequests:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(EXIT_TERMINATED)
+        if number == signal.SIGHUP:
+            signal.signal(number, signal.SIG_IGN)
+            _leave_terminal()
         self._seen.add(number)
         self._asked = self._asked or _EXIT_CODES[signal.Signals(number)]
         if self._most is None:
             self.stop = self._asked
-        self._tell(f"{signal.Signals(number).name}: finishing this step, then saving; send it again to exit now without saving")
+        self._tell(f"{signal.Signals(number).name}: finishing this step, or sample, then saving; send it again to exit now without saving")
 
     def _on_checkpoint(self, number: int, frame: FrameType | None) -> None:
         self._asked_checkpoint = True
@@ -95,23 +104,50 @@ class StopRequests:
             self._notify(text)
 
 
+def _heeded(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Those that whoever started this process has not asked it to ignore; of SIGHUP alone that is asked."""
+    return [number for number in numbers if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _leave_terminal() -> None:
+    """Output to a terminal that is gone would raise."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it may be closed
+            if os.isatty(descriptor) or not _is_open(descriptor):
+                os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _is_open(descriptor: int) -> bool:
+    """Not so: a terminal that has hung up, of which even its settings cannot be read."""
+    try:
+        termios.tcgetattr(descriptor)
+    except termios.error as error:
+        return bool(error.args[0] != errno.EIO)
+    return True
+
+
 @contextmanager
 def before_training(notify: Callable[[str], None]) -> Iterator[None]:
-    """While clips are encoded and the model is loaded, when there is no step to finish and nothing to save: SIGTERM ends the run in order,
-    with exit code 143, and SIGUSR1 is answered with a word, where unhandled it would end the process. Other threads: nothing."""
+    """While clips are encoded and the model is loaded, when there is no step to finish and nothing to save: SIGTERM and SIGHUP end the run
+    in order, with exit code 143 or 129, and SIGUSR1 is answered with a word: unhandled it would end the process. Other threads: nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        notify("SIGTERM: ending before the first step; what was encoded is kept")
-        raise SystemExit(EXIT_TERMINATED)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        notify(f"{signal.Signals(number).name}: ending before the first step; what was encoded is kept")
+        raise SystemExit(_EXIT_CODES[signal.Signals(number)])
 
     def decline(number: int, frame: FrameType | None) -> None:
         notify("SIGUSR1: no step has run yet, so there is nothing to save")
 
-    former = {number: signal.signal(number, handler) for number, handler in ((signal.SIGTERM, end), (signal.SIGUSR1, decline))}
+    handlers = {number: end for number in _heeded(signal.SIGTERM, signal.SIGHUP)} | {signal.SIGUSR1: decline}
+    former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:

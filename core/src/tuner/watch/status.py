@@ -69,7 +69,8 @@ def read_status(folder: Path, now: datetime | None = None, host: str = "") -> Ru
     beat, run, events = files.json(HEARTBEAT), files.json(RUN), _Events(files)
     moment, host = now or datetime.now(UTC), host or socket.gethostname()
     silent = _since(beat.get("time"), moment)
-    state = FINAL.get(text(beat.get("state"))) or ("running" if _alive(beat, silent, host) else "died")
+    last = beat.get("state") if beat else events.latest  # a heartbeat that is lost, or torn by a copy, says nothing
+    state = FINAL.get(text(last)) or ("running" if _alive(beat, silent, host) else "died")
     step, total = int(number(beat.get("step")) or 0), int(number(beat.get("total")) or 0)
     pace = number(beat.get("seconds_per_step"))
     running = state == "running"
@@ -91,7 +92,12 @@ class _Events:
     """The last event of each kind."""
 
     def __init__(self, files: RunFiles) -> None:
-        self._last = {text(row.get("kind")): row for row in files.events()}
+        self._last: dict[str, Row] = {}
+        self.latest = ""
+        """Kind of the last one."""
+        for row in files.events():
+            self.latest = text(row.get("kind"))
+            self._last[self.latest] = row
 
     def last(self, kind: str) -> Row:
         """Empty where there is none."""

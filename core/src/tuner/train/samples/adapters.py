@@ -9,6 +9,7 @@ Dimensions: A (rank, in), B (out, rank).
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -94,8 +95,8 @@ def _described(value: Mapping[str, object], where: str) -> Iterator[AdapterUse]:
     path, strength = value["path"], value.get("strength", 1.0)
     if not isinstance(path, str) or not path:
         raise ConfigError("must be text", where=f"{where}.path", value=path)
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise ConfigError("must be a number", where=f"{where}.strength", value=strength)
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= sys.float_info.max:
+        raise ConfigError("must be a finite number", where=f"{where}.strength", value=strength)
     yield AdapterUse(path, float(strength), where)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,14 @@ from tuner.config.resolve import Settings
 from tuner.config.settings import AdapterSettings
 from tuner.config.validation_settings import ValidationSettings
 from tuner.data.decode import decode_frames, decode_sound
-from tuner.errors import ConfigError, DataError
+from tuner.errors import ConfigError, DataError, OutOfMemoryError
 from tuner.interfaces.encoders import AudioClip, Record, Source, VideoClip
 from tuner.interfaces.family import Generated, SampleRequest
 from tuner.interfaces.memory import Placement
 from tuner.model.adapters import adapted_layers, add_adapters, load_adapter_state
 from tuner.model.runner import BlockRunner
 from tuner.plugins.registry import Registry
+from tuner.train.encoding import lacking_memory
 from tuner.train.plan import ModelPlan
 from tuner.train.planning import plan_model
 from tuner.train.samples.adapters import locate_adapter
@@ -70,6 +72,10 @@ def generate(
     """One clip of what the validation keys describe. Raises `ConfigError`, `CheckpointError`, `DataError` for a file that is given."""
     if no_sound and given.sound is not None:
         raise ConfigError("a sound is given, and none is wanted", where="--no-sound, --sound", value=str(given.sound))
+    if not math.isfinite(trained.strength):
+        raise ConfigError("must be a finite number", where="--strength", value=trained.strength)
+    if trained.strength != 1 and not trained.lora:
+        raise ConfigError("is the scale of an adapter, and none is given", where="--strength", value=trained.strength, remedy="add --lora")
     if trained.lora:  # a mistyped place is told before anything that the run there would have answered
         locate_adapter(trained.lora, "--lora", preview=True)
     plan = plan_model(registry, settings, default_device())
@@ -90,6 +96,13 @@ def generate(
         blocks = family.block_set(model)
         runner = BlockRunner(blocks, family.call_block, session=placement.attach(blocks))
         return family.sample(model, plan.source, [request], runner, streams)[0]
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not (lacking := lacking_memory(error)):
+            raise
+        raise OutOfMemoryError(
+            f"not enough {lacking} memory for a clip of {request.width}x{request.height} and {request.frames} frames", where="sampling",
+            remedy="lower validation_resolution or validation_num_video_frames, or see `tuner plan` for where weights take less",
+        ) from error  # fmt: skip
     finally:
         placement.close()
 
@@ -144,7 +157,7 @@ def _trained_model(plan: ModelPlan, streams: Sequence[str], trained: Trained, pl
     """The base model with `trained` over it, in evaluation mode. An adapter is checked before the model is loaded."""
     headers = plan.source.headers("transformer")
     adapter = None
-    if trained.lora and trained.strength > 0:
+    if trained.lora and trained.strength:
         found = locate_adapter(trained.lora, "--lora")
         assert found is not None
         adapter = read_adapter(plan.registry, found)
@@ -155,8 +168,8 @@ def _trained_model(plan: ModelPlan, streams: Sequence[str], trained: Trained, pl
         load_full(plan.family, model, headers, trained.weights)
     if adapter is not None:
         loaded = {name for name, _ in model.named_modules()}  # without sound its layers are not there
-        weights = {name: pair for name, pair in adapter.weights.items() if name in loaded}
-        adapter = replace(adapter, alpha=adapter.alpha * trained.strength, weights=weights)
+        weights = {name: (a, b * trained.strength) for name, (a, b) in adapter.weights.items() if name in loaded}
+        adapter = replace(adapter, weights=weights)
     if adapter is not None and adapter.weights:
         add_adapters(model, tuple(adapter.weights), AdapterSettings(lora_rank=adapter.rank, lora_alpha=adapter.alpha), 0)
         load_adapter_state(model, adapter)

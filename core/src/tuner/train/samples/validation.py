@@ -22,6 +22,7 @@ from tuner.data.records import RecordPlaces
 from tuner.errors import NumericError, TunerError
 from tuner.interfaces.family import Generated, SampleRequest
 from tuner.train.assemble import Assembly
+from tuner.train.encoding import lacking_memory
 from tuner.train.passes import evaluating
 from tuner.train.plan import Plan
 from tuner.train.run import RunFolder
@@ -217,7 +218,9 @@ class Validation:
         return replace(request, given_sound=records[self.names["audio"]])
 
     def _failed(self, kind: str, step: int, label: str, error: Exception) -> None:
-        reason = error.message if isinstance(error, TunerError) else f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"
+        lacking = lacking_memory(error)
+        reason = f"not enough {lacking} memory" if lacking else f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0]}"
+        reason = error.message if isinstance(error, TunerError) else reason
         self._settle()
         self.folder.event(kind, step=step, label=label, reason=reason)
         self.note(f"step {step}: {label} failed, training is not affected: {reason}")

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
+
 from tuner.errors import CheckpointError
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
 from tuner.train.saving.checkpoint import find_checkpoint
@@ -38,6 +40,13 @@ def find_adapter(source: Path) -> Path:
 def read_adapter(registry: Registry, source: Path) -> AdapterState:
     """Reads an adapter in any known layout. Raises `CheckpointError`."""
     path = find_adapter(source)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            problem = f"is damaged, or no safetensors file: {error}"
+            raise CheckpointError(problem, where=str(path), remedy="copy or download it again") from error
     layouts = formats(registry)
     for layout in layouts.values():
         if layout.accepts(path):
