@@ -122,6 +122,8 @@ def test_adjustments_are_said_once(clips: Path, workers: DecodeWorkers) -> None:
     assert sum("audio.duration_interval" in notice for notice in manifest.notices) == 1
     wider = scan(entries(resolution=70, resolution_type="pixel"), SETTINGS, GEOMETRY, workers=workers)
     assert sum("105x70 -> 96x64" in notice for notice in wider.notices) == 1
+    tiny = scan(entries(resolution=7, resolution_type="pixel_area"), SETTINGS, GEOMETRY, workers=workers)
+    assert sum("7x7 -> 32x32" in notice for notice in tiny.notices) == 1
 
 
 def test_strict_makes_skips_and_adjustments_errors(clips: Path, workers: DecodeWorkers) -> None:

@@ -49,7 +49,9 @@ def choose_size(width: int, height: int, resolution: float, kind: ResolutionType
     target = math.log(width / height)
     # Ties go to the narrower bucket, so that the choice does not hang on the order of a set.
     best = min(sizes_of_area(area, geometry), key=lambda size: (abs(math.log(size[0] / size[1]) - target), size))
-    return FrameSize(*best, None)
+    side = math.sqrt(area)
+    # Sizes that keep within the area are what was asked for; one step a side may be more.
+    return FrameSize(*best, None if side >= geometry.size_step else (round(side), round(side)))
 
 
 def sizes_of_area(area: float, geometry: Geometry) -> list[tuple[int, int]]:
