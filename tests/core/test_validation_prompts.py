@@ -51,7 +51,7 @@ def test_which_file_is_meant(keys: dict[str, object], path: str | None) -> None:
     [
         ("{", ["line 1", "not valid JSON"]), ("3", ["an object or a list"]), ("{}", ["holds no prompt"]), ("[]", ["holds no prompt"]),
         ('{"a": 3}', ["validation_prompt_library.a", "must be text", "3"]), ('["x", " "]', ["validation_prompt_library.prompt-2"]),
-        (b"\xff\xfe\x00", ["cannot be read"]),
+        (b"\xff\xfe\x00", ["is not written in UTF-8"]), ('{"a": "x", "a": "y"}', ["holds a twice"]),
     ],
 )  # fmt: skip
 def test_libraries_that_cannot_be_used(content: str | bytes, words: list[str], tmp_path: Path) -> None:

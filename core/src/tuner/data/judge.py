@@ -166,7 +166,7 @@ def check_entry(entry: CaptionedEntry, entries: Sequence[DatasetEntry], geometry
     if audio.duration_interval is not None and not alone:
         notices.append(f"{entry.id}: audio.duration_interval has no effect here: sound is as long as its picture")
     if alone and not audio.audio_only:
-        notices.append(f"{entry.id}: no entry names it in s2v_datasets, so its sounds are trained alone (audio.audio_only says so)")
+        notices.append(f"{entry.id}: no entry names it in s2v_datasets, so its sounds are trained alone (as with audio.audio_only)")
     return notices
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tuner.config.json_text import parse, plain
 from tuner.config.validation_settings import USER_LIBRARY, ValidationSettings
 from tuner.errors import ConfigError
 
@@ -59,15 +59,15 @@ def read_library(path: Path) -> dict[str, str]:
 
 
 def read_json(path: Path, key: str, remedy: str) -> object:
-    """What the file that `key` names holds. Raises `ConfigError`."""
+    """What the file that `key` names holds. Raises `ConfigError`, for an object with a name twice too."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError("there is no such file", where=key, value=str(path), remedy=remedy) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}", where=key) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot be read: {error}", where=key, value=str(path)) from error
+    place = f"{key}, {path}"
+    return plain(parse(content, place), place)
 
 
 def label(name: str) -> str:
