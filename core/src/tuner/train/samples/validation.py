@@ -219,8 +219,8 @@ class Validation:
 
     def _failed(self, kind: str, step: int, label: str, error: Exception) -> None:
         lacking = lacking_memory(error)
-        kind = f"not enough {lacking} memory" if lacking else type(error).__name__
-        reason = error.message if isinstance(error, TunerError) else f"{kind}: {(str(error).splitlines() or ['?'])[0]}"
+        what = f"not enough {lacking} memory" if lacking else type(error).__name__
+        reason = error.message if isinstance(error, TunerError) else f"{what}: {(str(error).splitlines() or ['?'])[0]}"
         self._settle()
         self.folder.event(kind, step=step, label=label, reason=reason)
         self.note(f"step {step}: {label} failed, training is not affected: {reason}")
