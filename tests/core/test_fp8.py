@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.interpreted import proof_of
 from tuner.builtins.plugin import tuner_register_quantizers
 from tuner.builtins.quantizers import LinearQuantizer
 from tuner.config.options import Options
@@ -205,22 +201,9 @@ def test_one_key_implies_the_other() -> None:
     assert ModelSettings().base_model_precision == "no_change"
 
 
-INTERPRETED = """
-import json, torch
-from tuner.model import fp8_kernels
-print(json.dumps(fp8_kernels.differences(torch.device("cpu"))))
-"""
-
-
 def test_kernels_compute_the_formulas() -> None:
-    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds")
+    found, problem = proof_of("tuner.model.fp8_kernels")
     if torch.cuda.is_available():
-        from tuner.model import fp8_kernels, kernels
-
-        assert kernels.problem_on(fp8_kernels, torch.device("cuda")) == ""
-        return
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when the kernels are made
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+        assert problem == ""
     # The interpreter of Triton 3.7 makes 384 of the largest number, 448, of which every row has one.
     assert found.pop("turned weights") == 0 and len(found) == 2 and max(found.values()) < 0.07

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -15,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.interpreted import proof_of
 from tuner.model import fused, kernels
 
 B, S, H, HALF = 2, 5, 3, 4
@@ -191,23 +189,8 @@ class Made(TorchDispatchMode):
         return result
 
 
-INTERPRETED = """
-import json, torch
-from tuner.model import fused_kernels, kernels
-print(json.dumps([fused_kernels.differences(torch.device("cpu")), kernels.problem_on(fused_kernels, torch.device("cpu"))]))
-"""
-
-
 def test_kernels_compute_the_formulas() -> None:
-    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds")
-    if torch.cuda.is_available():
-        from tuner.model import fused_kernels, kernels
-
-        found, problem = fused_kernels.differences(torch.device("cuda")), kernels.problem_on(fused_kernels, torch.device("cuda"))
-    else:
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when the kernels are made
-        done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=True)
-        found, problem = json.loads(done.stdout.splitlines()[-1])
+    found, problem = proof_of("tuner.model.fused_kernels")
     # The interpreter cuts bfloat16 off where a card rounds: up to 2^-8.
     assert problem == "" and len(found) == 16 and max(found.values()) < 2**-8
 

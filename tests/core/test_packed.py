@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
+from core.interpreted import proof_of
 from tuner.builtins import packed
 from tuner.builtins.quantizers import Packed
 from tuner.config.options import Options
@@ -129,21 +126,5 @@ def test_a_model_trains_to_the_bit_as_with_plain_weights() -> None:
     assert len(found[0]) == len(found[1]) > 10 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-INTERPRETED = """
-import json, torch
-from tuner.builtins import packed_kernels
-print(json.dumps(packed_kernels.differences(torch.device("cpu"))))
-"""
-
-
 def test_the_kernel_computes_the_formula() -> None:
-    pytest.importorskip("triton", reason="Triton comes with torch's CUDA builds")
-    if torch.cuda.is_available():
-        from tuner.builtins import packed_kernels
-        from tuner.model import kernels
-
-        assert kernels.problem_on(packed_kernels, torch.device("cuda")) == ""
-        return
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when the kernels are made
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == {"unpacked weights": 0.0}
+    assert proof_of("tuner.builtins.packed_kernels") == ({"unpacked weights": 0.0}, "")
