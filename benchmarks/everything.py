@@ -73,7 +73,7 @@ def tasks(size: str, scratch: Path) -> list[Task]:
     step = ["step.py", *steps]
     memory = ["memory.py", *steps, *([] if quick else ["--no-plain"])]
     clips = ["--clips", "1"] if quick else []
-    modules = ("core/test_fused", "core/test_fp8", "offload/test_cuda_link", "offload/test_leaf_gpu")
+    modules = ("core/test_fused", "core/test_fp8", "core/test_packed", "offload/test_cuda_link", "offload/test_leaf_gpu")
     tests = ["tests/cuda", *(f"tests/{name}.py" for name in modules)]
     # On a GPU the tests are small: several processes share it.
     together = ["-n", "8"] if not quick and importlib.util.find_spec("xdist") else []

@@ -40,8 +40,8 @@ class LinearQuantizer(Quantizer):
     Raises `EnvironmentProblem` where the library is not installed.
     """
 
-    library: ClassVar[str]
-    """The extra of this distribution that installs it."""
+    library: ClassVar[str] = ""
+    """The extra of this distribution that installs it; empty: there is none."""
     expand: ClassVar[staticmethod[[Any, torch.dtype], Tensor]]
     """How a layer gets its weight back."""
     parts: ClassVar[staticmethod[[Any], tuple[Tensor, Tensor]] | None] = None
@@ -94,9 +94,8 @@ class LinearQuantizer(Quantizer):
         """Whether a weight (N, K) of this shape is quantized at all."""
         return min(rows, columns) >= SMALLEST
 
-    @abstractmethod
     def open_library(self) -> None:
-        """Imports the library. Raises ImportError."""
+        """Imports the library, where there is one. Raises ImportError."""
 
     @abstractmethod
     def pack(self, weight: Tensor) -> Tensor | None:
@@ -112,11 +111,7 @@ class Packed(LinearQuantizer):
     """bfloat16 in 12 bits, exactly. Weights of another dtype, and those whose exponents are spread too far, stay as they are."""
 
     name = "bf16-packed"
-    library = "torch"
     expand = staticmethod(packed.expand_packed)
-
-    def open_library(self) -> None:
-        """There is none."""
 
     def fits(self, rows: int, columns: int) -> bool:
         return super().fits(rows, columns) and columns % 2 == 0

@@ -91,7 +91,8 @@ class StopRequests:
         self._asked = self._asked or _EXIT_CODES[signal.Signals(number)]
         if self._most is None:
             self.stop = self._asked
-        self._tell(f"{signal.Signals(number).name}: finishing this step, or sample, then saving; send it again to exit now without saving")
+        again = "" if number == signal.SIGHUP else "; send it again to exit now without saving"
+        self._tell(f"{signal.Signals(number).name}: finishing this step, or sample, then saving{again}")
 
     def _on_checkpoint(self, number: int, frame: FrameType | None) -> None:
         self._asked_checkpoint = True
