@@ -143,7 +143,7 @@ def test_compiled_blocks_are_replayed(keys: Keys, bench: Bench) -> None:
     plain = bench.run({**given, "cuda_graphs": "off"})
     with bench.loop({**given, **graphs(), "dynamo_mode": "default"}) as loop:
         loop.run()
-        blocks = loop.assembly.training.blocks._train_block
+        blocks = loop.assembly.training.blocks.train_block
         assert not blocks.failed and blocks._known  # type: ignore[union-attr]
         losses = [row["loss"] for row in loop.rows]  # type: ignore[attr-defined]
     assert losses == pytest.approx([row["loss"] for row in plain.rows], rel=TOLERANCE)

@@ -298,7 +298,12 @@ MEASURED: tuple[tuple[str, str, str, str, Keys | None, str, float, float], ...] 
     ("head", "all", "no_change", "", GROUP, H100, 7.49, 1.426), ("121f", "all", "no_change", "", GROUP, H100, 9.96, 1.590),
     ("head", "all", "no_change", "", {"ramtorch": True}, H200, 6.62, 1.923), ("video", "all", "no_change", "", GROUP, H200, 4.66, 0.916),
     ("head", "all", "no_change", "", {"musubi_blocks_to_swap": 47}, H200, 8.27, 1.297),
-    ("four", "all", "no_change", "", None, H200, 39.94, 0.982), ("four", "all", "no_change", "", GROUP, H200, 8.19, 1.387),
+    ("head", "all", "bf16-packed", "", None, H200, 32.20, 0.484), ("head", "all", "bf16-packed", "", GROUP, H200, 7.32, 1.017),
+    ("121f", "all", "bf16-packed", "", None, H200, 34.60, 1.221), ("121f", "all", "bf16-packed", "", GROUP, H200, 9.73, 1.378),
+    ("four", "all", "no_change", "", None, H200, 40.01, 0.947), ("four", "all", "no_change", "", GROUP, H200, 8.25, 1.457),
+    ("four", "all", "int8-torchao", "", GROUP, H200, 8.26, 1.049), ("four", "all", "bf16-packed", "", GROUP, H200, 8.63, 1.224),
+    ("four", "all", "no_change", "", {"musubi_blocks_to_swap": 32}, H200, 19.76, 1.141),
+    ("four", "all", "bf16-packed", "", {"musubi_blocks_to_swap": 36}, H200, 15.13, 1.097),
 )  # fmt: skip
 
 

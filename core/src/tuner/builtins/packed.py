@@ -24,14 +24,16 @@ LISTED: Final = 2048
 _ROWS: Final = 1 << 22
 """Weights that are packed at a time: counting exponents takes 8 bytes for each."""
 
-PIECES: Final = ("low", "high", "base", "places", "others")
+PIECES: Final = ("low", "high", "base", "places", "others", "starts")
 
 
 class PackedTensor(Tensor):
     """Looks like the bfloat16 tensor (N, K) that it holds; nothing is computed with it but through `expand_packed`.
 
-    `low` (N, K) uint8: sign and mantissa; `high` (N, K/2) uint8: two codes, that of the even column in the lower half; `base` (N, 1) uint8:
-    a code c > 0 means the exponent base + c; `places` (P,) int32 and `others` (P,) int16: where in N·K the 16 bits are those instead.
+    `low` (N, K) uint8: sign and mantissa; `high` (N, K/2) uint8: two codes, that of column k in the lower half and that of k + K/2 in the
+    upper one; `base` (N, 1) uint8: a code c > 0 means the exponent base + c; `places` (P,) int32 and `others` (P,) int16: where in N·K the
+    16 bits are those instead; `starts` (N + 1,) int32: where in that list a row's part begins. Behind the last row's it says once more
+    what the first weight is.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -41,16 +43,17 @@ class PackedTensor(Tensor):
     base: Tensor
     places: Tensor
     others: Tensor
+    starts: Tensor
 
     @staticmethod
-    def __new__(cls, low: Tensor, high: Tensor, base: Tensor, places: Tensor, others: Tensor) -> PackedTensor:
+    def __new__(cls, low: Tensor, high: Tensor, base: Tensor, places: Tensor, others: Tensor, starts: Tensor) -> PackedTensor:
         made: PackedTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, low.shape, dtype=torch.bfloat16, device=low.device, requires_grad=False
         )
         return made
 
-    def __init__(self, low: Tensor, high: Tensor, base: Tensor, places: Tensor, others: Tensor) -> None:
-        self.low, self.high, self.base, self.places, self.others = low, high, base, places, others
+    def __init__(self, low: Tensor, high: Tensor, base: Tensor, places: Tensor, others: Tensor, starts: Tensor) -> None:
+        self.low, self.high, self.base, self.places, self.others, self.starts = low, high, base, places, others, starts
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return list(PIECES), None
@@ -79,7 +82,7 @@ def places_of(rows: int, columns: int) -> int:
 
 def packed_bytes(rows: int, columns: int) -> int:
     """Of a packed (N, K)."""
-    return rows * columns + rows * (columns // 2) + rows + 6 * places_of(rows, columns)
+    return rows * columns + rows * (columns // 2) + rows + 6 * places_of(rows, columns) + 4 * (rows + 1)
 
 
 def pack(weight: Tensor) -> PackedTensor | None:
@@ -100,17 +103,17 @@ def pack(weight: Tensor) -> PackedTensor | None:
         fitting = (exponent == 0) | ((code >= 1) & (code <= WINDOW))
         code = torch.where(fitting & (exponent > 0), code, 0).to(torch.uint8)
         low[here] = (((given >> 8) & 0x80) | (given & 0x7F)).to(torch.uint8)
-        high[here] = code[:, ::2] | (code[:, 1::2] << 4)
+        high[here] = code[:, : columns // 2] | (code[:, columns // 2 :] << 4)
         base[here] = (start - 1).to(torch.uint8)
         outside.append((~fitting).flatten().nonzero().flatten() + first * columns)
     found = torch.cat(outside)
     count = places_of(rows, columns)
     if len(found) > count:
         return None
-    # What is left of the list says once more what the first weight is.
     places = torch.zeros(count, dtype=torch.int32, device=weight.device)
     places[: len(found)] = found.to(torch.int32)
-    return PackedTensor(low, high, base, places, bits.view(-1)[places.long()])
+    starts = torch.searchsorted(found, torch.arange(rows + 1, device=weight.device) * columns).to(torch.int32)
+    return PackedTensor(low, high, base, places, bits.view(-1)[places.long()], starts)
 
 
 def _windows(exponent: Tensor) -> Tensor:
@@ -137,9 +140,9 @@ def expand_packed(weight: Any, dtype: torch.dtype) -> Tensor:
     return found if dtype == torch.bfloat16 else found.to(dtype)
 
 
-def unpacked(low: Tensor, high: Tensor, base: Tensor, places: Tensor, others: Tensor) -> Tensor:
+def unpacked(low: Tensor, high: Tensor, base: Tensor, places: Tensor, others: Tensor, starts: Tensor) -> Tensor:
     """The pieces of a `PackedTensor` -> (N, K) bfloat16."""
-    code = torch.stack((high & 15, high >> 4), dim=-1).view(low.shape)
+    code = torch.cat((high & 15, high >> 4), dim=1)
     exponent = torch.where(code > 0, code + base, 0).to(torch.int16)
     # The sign bit goes to the upper end of the 16 bits, where it makes the whole number negative.
     bits = (exponent << 7) | (low & 0x7F) | ((low & 0x80).to(torch.int16) << 8)

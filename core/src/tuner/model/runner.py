@@ -25,7 +25,7 @@ from tuner.interfaces.memory import MemorySession
 from tuner.model.lanes import permitted
 from tuner.model.quantized import QuantizedLinear, made_once
 from tuner.model.states import apart, needs_after, state_tensors
-from tuner.model.tape import Node, Pass, Tape, add_up, differentiate, handed_out, rng_state, tap_value, walk_back
+from tuner.model.tape import Node, Pass, Sums, Tape, differentiate, handed_out, rng_state, tap_value, walk_back
 
 CallBlock = Callable[[nn.Module, BlockState], BlockState]
 
@@ -260,18 +260,17 @@ class BlockRunner(BlockFunction):
     def _retreat(self, node: Node, tapes: Sequence[tuple[Pass, Tape]]) -> None:
         """Gradients after a node -> gradients before it, of each pass; accumulates those of the block's parameters."""
         parameters = self._parameters[node.block] if node.block >= 0 else []
-        sums: list[Tensor | None] = [None] * len(parameters)
         wide = [len(tapes) > 1 and self.sink is not None and self.sink.takes(parameter) for parameter in parameters]
+        sums = Sums(wide)
         with made_once(self._several(node, len(tapes))):
             for one, tape in tapes:
                 one.add_taps(tape.taps)
-                for place, gradient in enumerate(walk_back(one, tape, parameters)):
-                    sums[place] = add_up(sums[place], gradient, wide=wide[place])
-        for parameter, total, floats in zip(parameters, sums, wide, strict=True):
-            if total is not None and floats and self.sink is not None:
-                self.sink.receive(parameter, total)
+                sums.add(walk_back(one, tape, parameters))
+        for place, total in sums.totals().items():
+            if wide[place] and self.sink is not None:
+                self.sink.receive(parameters[place], total)
             else:
-                _accumulate(parameter, total)
+                _accumulate(parameters[place], total)
 
 
 class _Stack(torch.autograd.Function):
@@ -300,9 +299,7 @@ class _Stack(torch.autograd.Function):
         return (None, None, None, *found)
 
 
-def _accumulate(parameter: nn.Parameter, gradient: Tensor | None) -> None:
-    if gradient is None:
-        return
+def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient
     else:
