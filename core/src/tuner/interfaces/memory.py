@@ -37,6 +37,8 @@ class MemoryFacts:
     """Their names inside the block; empty: not known."""
     host_bytes: int = 0
     """Host memory that is free; 0: not known."""
+    plain_bytes: int = 0
+    """Of the weights of all blocks as products read them, whatever they lie in memory as; 0: the same."""
 
 
 @dataclass(frozen=True)

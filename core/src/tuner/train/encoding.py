@@ -13,6 +13,7 @@ import torch
 
 from tuner.errors import DataError, OutOfMemoryError, PluginError
 from tuner.interfaces.encoders import AudioClip, LatentEncoder, Record, Source, VideoClip
+from tuner.model.exhausted import lacking_memory
 
 REMEDIES: Mapping[str, str] = {
     "video": "lower resolution, or num_frames of its dataset",
@@ -112,14 +113,6 @@ class EncoderAtWork:
         if lacking == "host":
             return [DataError(message, where=tasks[0].name, remedy=remedy)]
         raise OutOfMemoryError(message, where=tasks[0].name, remedy=remedy)
-
-
-def lacking_memory(error: BaseException) -> str:
-    """Which memory ran out; empty: it is another error."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "device"
-    # Torch reports a failed allocation of host memory as a plain RuntimeError.
-    return "host" if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error) else ""
 
 
 def shape_of(source: Source) -> tuple[int, ...]:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from tuner.config.datasets import DatasetEntry
 from tuner.config.problems import listed
 from tuner.config.resolve import Settings
@@ -23,6 +21,7 @@ from tuner.interfaces.services import WeightSource
 from tuner.model.host import free_host_memory
 from tuner.model.placing import RunMemory
 from tuner.train.forecast.row import Predicted
+from tuner.train.forecast.sizes import linear_bytes, transformer_facts
 from tuner.train.samples.wanted import NO_VALIDATION, ValidationPlan
 
 if TYPE_CHECKING:
@@ -88,25 +87,21 @@ def memory_facts(plan: Plan, part: str = "transformer") -> MemoryFacts:
         return MemoryFacts((), False, model.text_encoder_1_precision, "none", plan.world, part, host_bytes=free_host_memory())
     recomputed = "none" if not model.gradient_checkpointing else "some" if model.gradient_checkpointing == "auto" else "all"
     recomputed = "some" if recomputed == "all" and model.gradient_checkpointing_interval > 1 else recomputed
-    before, after = linear_bytes(plan)
-    return MemoryFacts(
-        block_bytes=(plan.facts.block_bytes - sum(before) + sum(after),) * plan.facts.blocks, full_finetuning=model.model_type == "full",
-        quantizer=model.base_model_precision, checkpointing=recomputed, world_size=plan.world, linear_bytes=after,
-        linear_names=plan.facts.linear_names, host_bytes=free_host_memory(),
+    return transformer_facts(
+        plan.facts, plan.memory.quantizers.get("transformer"), plan.context.dtype, precision=model.base_model_precision,
+        full_finetuning=model.model_type == "full", checkpointing=recomputed, world=plan.world,
     )  # fmt: skip
 
 
-def linear_bytes(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def weight_bytes(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the weights of the linear layers of one block: as they are computed with, and as they will lie in memory."""
     quantizer, dtype = plan.memory.quantizers.get("transformer"), plan.context.dtype
-    shapes = [torch.Size(shape) for shape in plan.facts.linear_shapes]
-    before = tuple(shape.numel() * dtype.itemsize for shape in shapes)
-    return before, tuple(quantizer.bytes_of(shape, dtype) for shape in shapes) if quantizer else before
+    return linear_bytes(plan.facts, None, dtype), linear_bytes(plan.facts, quantizer, dtype)
 
 
 def quantized_bytes(plan: Plan) -> int:
     """Of the transformer as it will lie in memory."""
-    before, after = linear_bytes(plan)
+    before, after = weight_bytes(plan)
     return plan.facts.bytes - plan.facts.blocks * (sum(before) - sum(after))
 
 

@@ -24,7 +24,7 @@ from tuner.model.placing import RunMemory
 from tuner.plugins.record import Kind
 from tuner.train import rules
 from tuner.train.forecast.advise import forecast
-from tuner.train.plan import NO_CHANGE, ModelPlan, Plan, PlanProblems, linear_bytes, memory_facts, total_steps
+from tuner.train.plan import NO_CHANGE, ModelPlan, Plan, PlanProblems, memory_facts, total_steps, weight_bytes
 from tuner.train.samples.plan import validation_of
 from tuner.train.samples.validate import adjustments, wants_samples
 from tuner.train.trackers import chosen_trackers
@@ -138,7 +138,7 @@ def with_forecast(plan: Plan) -> Plan:
 
 def precision_problems(plan: Plan) -> list[TunerError]:
     """What speaks against the precisions that were asked for."""
-    model, (before, after) = plan.settings.get(ModelSettings), linear_bytes(plan)
+    model, (before, after) = plan.settings.get(ModelSettings), weight_bytes(plan)
     asked, key = model.base_model_precision, "base_model_precision"
     if asked == NO_CHANGE:
         return []

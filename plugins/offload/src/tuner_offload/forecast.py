@@ -18,7 +18,6 @@ FORWARD_SECONDS_PER_PARAMETER = 2.2e-11
 """A third of what 18.5e9 parameters in 48 blocks take for forward, recomputation and gradients at 6,144 tokens on an H200: 1.2 s."""
 DISK_SPEED = 3e9
 """Bytes a second of a good NVMe drive, read in order."""
-BITS = {"bf16-packed": 12, "int8": 8, "fp8": 8, "int4": 4, "fp4": 4, "nf4": 4}
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ def _overhead(facts: MemoryFacts, way: Streaming, one_way: Sequence[int]) -> flo
     if not way.cuda:  # products take the processor so long that copies within its memory do not count
         return 0.0
     speed = DISK_SPEED if way.disk else PINNED_SPEED
-    bits = next((bits for name, bits in BITS.items() if facts.quantizer.startswith(name)), 16)
-    forward = sum(facts.block_bytes) * 8 / bits * FORWARD_SECONDS_PER_PARAMETER
+    forward = (facts.plain_bytes or sum(facts.block_bytes)) / 2 * FORWARD_SECONDS_PER_PARAMETER
     backward = forward * {"none": 1, "some": 1.5}.get(facts.checkpointing, 2)
     took = 0.0
     for compute, moved in zip((forward, backward), one_way, strict=True):

@@ -28,6 +28,7 @@ from tuner.train.forecast.costs import Job, Precision
 from tuner.train.forecast.footprint import Footprint, Trained, measure
 from tuner.train.forecast.machine import Machine, find_machine
 from tuner.train.forecast.row import Predicted, Row, gib
+from tuner.train.forecast.sizes import linear_bytes
 from tuner.train.step import train_together
 
 if TYPE_CHECKING:
@@ -176,9 +177,9 @@ def worthwhile(model: ModelPlan, facts: ModelFacts) -> list[Precision]:
     found = sorted((costs.probe(quantizer) for quantizer in _quantizers(model)), key=lambda precision: round(precision.error / NEAR))
     settings = model.settings.get(ModelSettings)
     kept = [] if settings.base_model_compute else [costs.plain()]
-    smallest = float(sum(costs.linear_bytes(facts, None, model.context.dtype)))
+    smallest = float(sum(linear_bytes(facts, None, model.context.dtype)))
     for precision in found:
-        size = sum(costs.linear_bytes(facts, precision.quantizer, model.context.dtype))
+        size = sum(linear_bytes(facts, precision.quantizer, model.context.dtype))
         if size < 0.95 * smallest:
             kept.append(precision)
             smallest = size

@@ -17,10 +17,10 @@ from torch import nn
 from tuner.config.settings import ModelSettings, OptimizerSettings
 from tuner.interfaces.family import ModelFacts
 from tuner.interfaces.memory import MemoryFacts, MemoryPlan, Quantizer
-from tuner.model.host import free_host_memory
 from tuner.model.quantized import pieces, stored_bytes
 from tuner.train.forecast.footprint import Footprint, LiveBytes, Work
 from tuner.train.forecast.machine import ATTENTION, EIGHT_BITS, PRODUCTS, START, Machine
+from tuner.train.forecast.sizes import linear_bytes, transformer_facts
 from tuner.train.masters import BUCKET_ELEMENTS
 
 if TYPE_CHECKING:
@@ -97,20 +97,12 @@ def probe(quantizer: Quantizer) -> Precision:
     return Precision(quantizer.name, quantizer, float((after - before).norm() / before.norm()), expanding)
 
 
-def linear_bytes(facts: ModelFacts, quantizer: Quantizer | None, dtype: torch.dtype) -> tuple[int, ...]:
-    """Of the weights of each linear layer of a block, as they will lie in memory."""
-    shapes = [torch.Size(shape) for shape in facts.linear_shapes]
-    return tuple(quantizer.bytes_of(shape, dtype) if quantizer else shape.numel() * dtype.itemsize for shape in shapes)
-
-
 def memory_facts(job: Job, precision: Precision, checkpointing: str) -> MemoryFacts:
     """What strategies decide on."""
-    facts, dtype = job.facts, job.model.context.dtype
-    before, after = linear_bytes(facts, None, dtype), linear_bytes(facts, precision.quantizer, dtype)
-    return MemoryFacts(
-        block_bytes=(facts.block_bytes - sum(before) + sum(after),) * facts.blocks,
-        full_finetuning=job.model.settings.get(ModelSettings).model_type == "full", quantizer=precision.name, checkpointing=checkpointing,
-        world_size=job.world, linear_bytes=after, linear_names=facts.linear_names, host_bytes=job.host or free_host_memory(),
+    full = job.model.settings.get(ModelSettings).model_type == "full"
+    return transformer_facts(
+        job.facts, precision.quantizer, job.model.context.dtype, precision=precision.name, full_finetuning=full,
+        checkpointing=checkpointing, world=job.world, host=job.host,
     )  # fmt: skip
 
 

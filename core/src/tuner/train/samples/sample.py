@@ -20,9 +20,9 @@ from tuner.interfaces.encoders import AudioClip, Record, Source, VideoClip
 from tuner.interfaces.family import Generated, SampleRequest
 from tuner.interfaces.memory import Placement
 from tuner.model.adapters import adapted_layers, add_adapters, load_adapter_state
+from tuner.model.exhausted import lacking_memory
 from tuner.model.runner import BlockRunner
 from tuner.plugins.registry import Registry
-from tuner.train.encoding import lacking_memory
 from tuner.train.plan import ModelPlan
 from tuner.train.planning import plan_model
 from tuner.train.samples.adapters import locate_adapter

@@ -21,8 +21,8 @@ import torch
 from tuner.data.records import RecordPlaces
 from tuner.errors import NumericError, TunerError
 from tuner.interfaces.family import Generated, SampleRequest
+from tuner.model.exhausted import lacking_memory
 from tuner.train.assemble import Assembly
-from tuner.train.encoding import lacking_memory
 from tuner.train.passes import evaluating
 from tuner.train.plan import Plan
 from tuner.train.run import RunFolder
