@@ -254,14 +254,19 @@ def test_our_own_kernels_are_tried(problem: str, verdict: str, words: str, monke
         assert tuple(tried) == names and row.verdict == verdict and words in row.found + row.remedy
 
 
+def refused(*_: object, **__: object) -> None:
+    raise PermissionError("planned")
+
+
 def test_a_disk_that_is_full_or_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = lambda free: lambda path: type("Usage", (), {"free": free, "total": free})()
     monkeypatch.setattr(machine.shutil, "disk_usage", usage(100 * 2**30))
     assert machine.disk_row("output_dir", tmp_path / "not" / "yet").verdict == "ok"
     (tmp_path / "file").write_text("")
     assert "is a file, no folder" in machine.disk_row("output_dir", tmp_path / "file" / "run").found
-    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)
-    assert "cannot be written" in machine.disk_row("output_dir", tmp_path).found
+    assert not list((tmp_path).glob("tmp*"))
+    monkeypatch.setattr(machine, "TemporaryFile", refused)
+    assert machine.disk_row("output_dir", tmp_path).found == f"{tmp_path}: {tmp_path} cannot be written"
     monkeypatch.undo()
     for free, verdict in ((2**29, "problem"), (20 * 2**30, "note")):
         monkeypatch.setattr(machine.shutil, "disk_usage", usage(free))

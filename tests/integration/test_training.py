@@ -81,7 +81,7 @@ def test_dry_run_checks_and_writes_nothing(project: Project, capsys: pytest.Capt
         ({"train_batch_size": 0}, 2, ["train_batch_size", "1"]),
         ({"model_flavour": "nonesuch", "pretrained_model_name_or_path": None}, 2, ["model_flavour", "nonesuch"]),
         ({"optimizer": "adamx"}, 2, ["adamx", "adamw"]),
-        ({"data": "nowhere"}, 4, ["nowhere"]),
+        ({"data": "nowhere", "pretrained_model_name_or_path": "not/there"}, 4, ["nowhere"]),  # said before a model is looked for
         ({"data": None}, 2, ["--data"]),
         ({"max_train_steps": 0}, 2, ["max_train_steps"]),
         ({"peft_lora_target_modules": ["to_z"]}, 2, ["to_z", "peft_lora_target_modules"]),

@@ -97,12 +97,14 @@ def find_job(
     """What is to be trained, and in words what it was measured with: the dataset's largest bucket, or the shape asked for."""
     from tuner.config.settings import TrainSettings
     from tuner.train.forecast.advise import job_for, largest
-    from tuner.train.planning import find_clips, plan_model
+    from tuner.train.planning import find_clips, plan_model, read_datasets
 
+    data = settings.get(DataSettings)
+    entries = read_datasets(registry, settings) if (data.data or data.data_backend_config) and not arguments["shape"] else []
     model = plan_model(registry, settings, device, scratch=scratch)
-    data, family = settings.get(DataSettings), model.family
-    if (data.data or data.data_backend_config) and not arguments["shape"]:
-        manifest = find_clips(model, None, remember=False)[1]
+    family = model.family
+    if entries:
+        manifest = find_clips(entries, model, None, remember=False)
         streams, shape = family.select_streams(manifest.streams_available), largest(item.shape for item in manifest.items)
         words = "largest bucket"
     else:

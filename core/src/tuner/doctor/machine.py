@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from tuner.doctor.findings import Row
@@ -247,15 +247,24 @@ def disk_row(name: str, path: Path) -> Row:
     there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not there.is_dir():
         return Row("disk", name, "problem", f"{there} is a file, no folder", f"name another folder for {name}", 9)
+    if not _takes_files(there):
+        return Row("disk", name, "problem", f"{path}: {there} cannot be written", "allow writing there, or name another folder", 9)
     free = shutil.disk_usage(there).free
     found = f"{path}: {gib(free)} free"
-    if not os.access(there, os.W_OK | os.X_OK):
-        return Row("disk", name, "problem", f"{found}; {there} cannot be written", "allow writing there, or name another folder", 9)
     if free < NO_DISK:
         return Row("disk", name, "problem", found, "make room, or name a folder on another disk", 9)
     if free < LITTLE_DISK:
         return Row("disk", name, "note", f"{found}: large models are downloaded as 40 GB and more")
     return Row("disk", name, "ok", found)
+
+
+def _takes_files(folder: Path) -> bool:
+    """Tried out: root may do everything, and not everywhere."""
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 # --- codecs ------------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from tuner.component import Component
 from tuner.config.datasets import DatasetEntry, configured_datasets
 from tuner.config.resolve import Settings
 from tuner.config.settings import FP8_WEIGHTS, DataSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
@@ -35,16 +36,21 @@ if TYPE_CHECKING:
 Report = Callable[[int, int, str], None]
 
 
+def chosen_family(registry: Registry, settings: Settings) -> Component:
+    """Raises `ConfigError`."""
+    name = settings.get(ModelSettings).model_family
+    if not name:
+        names = ", ".join(c.name for c in registry.components("family")) or "none: install one"
+        raise ConfigError("no model family was chosen", where="model_family", remedy=f"add --family NAME; installed: {names}")
+    return registry.component("family", name)
+
+
 def plan_model(registry: Registry, settings: Settings, device: torch.device, rank: int = 0, scratch: Path | None = None) -> ModelPlan:
     """Finds family and weights. Raises `ConfigError`, `CheckpointError`, `HubError`.
 
     `scratch`: takes what would otherwise be written into the cache.
     """
-    model = settings.get(ModelSettings)
-    if not model.model_family:
-        names = ", ".join(c.name for c in registry.components("family")) or "none: install one"
-        raise ConfigError("no model family was chosen", where="model_family", remedy=f"add --family NAME; installed: {names}")
-    component = registry.component("family", model.model_family)
+    model, component = settings.get(ModelSettings), chosen_family(registry, settings)
     dtype = torch.bfloat16 if model.mixed_precision == "bf16" else torch.float32
     output = Path(settings.get(RunSettings).output_dir)
     memory = RunMemory()
@@ -93,6 +99,7 @@ def make_plan(
     `trains`: False for what needs no length, which is 0 steps then unless one is given.
     `scratch`: for a plan that is only looked at; what would be kept in the cache goes into that folder or nowhere.
     """
+    entries = read_datasets(registry, settings)  # before anything is downloaded
     model = plan_model(registry, settings, device, rank, scratch)
     data = settings.get(DataSettings)
     registry.component("optimizer", settings.get(OptimizerSettings).optimizer).load()
@@ -101,7 +108,7 @@ def make_plan(
     if wants_samples(settings.get(ValidationSettings)):
         model.family.check_sampling(model.source)
         sample_notices = adjustments(model.family, settings)
-    entries, manifest = find_clips(model, report, remember=scratch is None)
+    manifest = find_clips(entries, model, report, remember=scratch is None)
     streams = model.family.select_streams(manifest.streams_available)
     validation = validation_of(model, entries, manifest, streams, preview=scratch is not None)
     facts = model.family.inspect(model.source, streams)
@@ -182,10 +189,14 @@ def memory_problems(plan: Plan) -> list[TunerError]:
     return problems
 
 
-def find_clips(model: ModelPlan, report: Report | None, *, remember: bool = True) -> tuple[list[DatasetEntry], Manifest]:
-    """Reads the dataset file and probes every clip."""
-    entries, data = configured_datasets(model.settings, model.family_name), model.settings.get(DataSettings)
-    return entries, scan(entries, data, model.family.geometry, progress=report, remember=remember)
+def read_datasets(registry: Registry, settings: Settings) -> list[DatasetEntry]:
+    """Reads the dataset file; its folders are there. Raises `ConfigError`, `DataError`."""
+    return configured_datasets(settings, chosen_family(registry, settings).name)
+
+
+def find_clips(entries: Sequence[DatasetEntry], model: ModelPlan, report: Report | None, *, remember: bool = True) -> Manifest:
+    """Probes every clip."""
+    return scan(entries, model.settings.get(DataSettings), model.family.geometry, progress=report, remember=remember)
 
 
 def _has_length(settings: Settings) -> bool:
