@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str] = {
     "cache": "Encode the dataset into the cache, without training.",
     "status": "Show how runs are doing.",
     "report": "Write the page about a run anew, or one to pass on.",
+    "server": "Show runs in the browser, as they go on.",
     "sample": "Generate clips, with or without a trained adapter.",
     "export": "Write a trained adapter to the file layout of another program.",
     "push": "Upload a finished run to the model hub.",
