@@ -540,11 +540,11 @@ HOOKS = {
 
 
 class Plugin:
-    """A plugin that offers one class of this module under the name "fine"."""
+    """A plugin that offers one class of a module under the name "fine"."""
 
     def __init__(self, kind: type, options: type[Options] | None = None) -> None:
         hook, usual = next(entry for base, entry in HOOKS.items() if issubclass(kind, base))
-        components = [Component("fine", "for a test", options or usual, f"core.faulty:{kind.__name__}")]
+        components = [Component("fine", "for a test", options or usual, f"{kind.__module__}:{kind.__name__}")]
         setattr(self, hook, hookimpl(lambda: components))
         if issubclass(kind, TinyFamily):
             loaders = [Component("fine", "for a test", Options, "core.faulty:AnyTinyFile")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from tuner.component import Component
 from tuner.config.options import Options, option
 from tuner.hookspecs import hookimpl
 from tuner.interfaces.family import BuildContext
+from tuner.interfaces.losses import LossTerm, LossValue, StepState
 from tuner.testing import LossTermConformance
 
 
@@ -24,33 +26,44 @@ class AgainOptions(Options):
         return self.again_on
 
 
-class Video(FlowMatchingLoss):
-    """As a plugin's component is built."""
+class Again(LossTerm):
+    """The loss of a stream under a name of its own, as a plugin's component is built."""
+
+    stream: ClassVar[str]
 
     def __init__(self, options: AgainOptions, context: BuildContext) -> None:
-        super().__init__("video", options.again_weight)
+        self.name = f"again_{self.stream}"
+        self.loss = FlowMatchingLoss(self.stream, options.again_weight)
+
+    def __call__(self, state: StepState) -> LossValue:
+        return replace(self.loss(state), name=self.name)
 
 
-class Audio(FlowMatchingLoss):
+class Video(Again):
+    stream = "video"
+
+
+class Audio(Again):
     """The stream that some clips lack."""
 
-    def __init__(self, options: AgainOptions, context: BuildContext) -> None:
-        super().__init__("audio", options.again_weight)
+    stream = "audio"
 
 
-COMPONENTS = [Component(name, "for a test", AgainOptions, f"core.test_builtins_conform:{name.title()}") for name in ("video", "audio")]
+COMPONENTS = [
+    Component(f"again_{name}", "for a test", AgainOptions, f"core.test_builtins_conform:{name.title()}") for name in ("video", "audio")
+]
 PLUGIN = SimpleNamespace(tuner_register_loss_terms=hookimpl(lambda: COMPONENTS))
 
 
 class TestFlowMatchingOfPictures(LossTermConformance):
     plugin = PLUGIN
-    component = "video"
+    component = "again_video"
     options: ClassVar[Mapping[str, object]] = {"again_on": True, "again_weight": 3.0}
     zero: ClassVar[Mapping[str, object]] = {"again_weight": 0.0}
 
 
 class TestFlowMatchingOfSound(LossTermConformance):
     plugin = PLUGIN
-    component = "audio"
+    component = "again_audio"
     options: ClassVar[Mapping[str, object]] = {"again_on": True, "again_weight": 3.0}
     zero: ClassVar[Mapping[str, object]] = {"again_weight": 0.0}

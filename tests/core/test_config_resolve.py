@@ -166,6 +166,25 @@ class TestValues:
         with pytest.raises(ConfigError, match=r"change it \(.*config\.json\)"):
             resolve([SampleOptions], config_file=write(tmp_path, {"amount": 0}))
 
+    def test_text_stands_for_the_choice_that_is_written_so(self, tmp_path):
+        class Chosen(Options):
+            """Choices that are no text."""
+
+            title = "Chosen"
+            factor: Literal[1, 2] = option(1, help="A number.")
+            switch: Literal[True, False, "auto"] = option("auto", help="A switch, or a word.")
+            both: Literal[1, "1"] = option(1, help="A number and its text.")
+            either: Literal[1] | str = option("", help="A number, or any text.")
+            several: list[Literal[1, 2]] = option([], help="Numbers.")
+
+        flags = {"factor": "2", "switch": "true", "both": "1", "either": "1", "several": "1,2"}
+        found = resolve([Chosen], flags=flags)
+        assert [found.value(key) for key in flags] == [2, True, "1", "1", [1, 2]]
+        assert resolve([Chosen], environ={"TUNER_FACTOR": "2", "TUNER_SWITCH": "auto"}).get(Chosen) == Chosen(factor=2)
+        assert resolve([Chosen], config_file=write(tmp_path, {"both": 1, "factor": "2"})).get(Chosen) == Chosen(factor=2)
+        with pytest.raises(ConfigError, match=r"factor: must be 1 or 2 \(got '3'\)"):
+            resolve([Chosen], flags={"factor": "3"})
+
     def test_rules_across_keys_name_their_group(self):
         class Pair(Options):
             """Two that belong together."""

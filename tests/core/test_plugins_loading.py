@@ -13,6 +13,7 @@ import tuner
 from tuner.component import Component
 from tuner.config.options import Options, option
 from tuner.config.settings import CORE_OPTIONS
+from tuner.errors import EnvironmentProblem, PluginError
 from tuner.hookspecs import hookimpl
 from tuner.plugins.loader import load_plugins
 from tuner.plugins.record import KINDS, PluginRecord, registration_hook
@@ -112,6 +113,10 @@ BROKEN = {
     "wrong argument": (SimpleNamespace(tuner_check_plan=hookimpl(wrong_argument)), "'plane'"),
     "no decorator": (SimpleNamespace(tuner_register_loaders=undecorated), "tuner_register_loaders lacks the decorator"),
     "other version": (offering(TUNER_HOOKSPEC_VERSION=tuner.HOOKSPEC_VERSION + 1), f"built for hook version {tuner.HOOKSPEC_VERSION + 1}"),
+    "version as text": (
+        offering(TUNER_HOOKSPEC_VERSION=str(tuner.HOOKSPEC_VERSION)),
+        f"its TUNER_HOOKSPEC_VERSION must be the number {tuner.HOOKSPEC_VERSION}, not text (got '{tuner.HOOKSPEC_VERSION}')",
+    ),
     "no list": (SimpleNamespace(tuner_register_optimizers=hookimpl(lambda: "adamw")), "must return a list, not str"),
     "no component": (SimpleNamespace(tuner_register_optimizers=hookimpl(lambda: ["adamw"])), "must return Components, not str"),
     "no options": (SimpleNamespace(tuner_register_options=hookimpl(lambda: [dict])), "no subclass of tuner.config.options.Options"),
@@ -151,9 +156,16 @@ BAD_KEYS = {
     "a key of the core": ([options_named("lora_rank", option(1, help="x"))], "key lora_rank belongs to core"),
     "an alias of the core": ([options_named("family", option(1, help="x"))], "key family belongs to core"),
     "a reserved name": ([options_named("config", option(1, help="x"))], "reserved"),
+    "a reserved alias": ([options_named("quiet", option(1, help="x", aliases=("debug",)))], "key debug is reserved for the command line"),
     "capitals": ([options_named("Loud", option(1, help="x"))], "lower case"),
     "no help": ([options_named("silent", 1)], "not declared with"),
-    "a default outside its limits": ([options_named("low", option(0, ge=1, help="x"))], "greater than or equal to 1"),
+    "no default": ([options_named("bare", option(..., help="x"))], "key bare in Odd has no default"),
+    "a default outside its limits": (
+        [options_named("low", option(0, ge=1, help="x"))], "the default 0 of low in Odd is refused: must be at least 1 -> mend",
+    ),
+    "a default inside a list": (
+        [options_named("many", option([1, "x"], help="x"), list[int])], "of many[1] in Odd is refused: must be a whole number -> mend",
+    ),
 }
 
 
@@ -163,13 +175,117 @@ def test_keys_have_one_owner_and_a_declaration(case):
     broken = record(load(SimpleNamespace(tuner_register_options=hookimpl(lambda: offered))), "mine")
     assert broken.status == "failed"
     assert reason in broken.reason
+    assert "pydantic" not in broken.reason
 
 
-def test_two_plugins_may_not_share_a_name():
-    registry = load(offering(), ("mine", offering()))
+@pytest.mark.filterwarnings("ignore:Field name:UserWarning")
+def test_a_key_may_not_hide_what_every_option_model_has():
+    broken = record(load(SimpleNamespace(tuner_register_options=hookimpl(lambda: [options_named("enabled", option(1, help="x"))]))), "mine")
+    assert broken.reason == "key enabled would hide Options.enabled, which every option model has"
+    other = options_named("slow", option(1, help="x", aliases=("copy",)))
+    assert record(load(SimpleNamespace(tuner_register_options=hookimpl(lambda: [other]))), "mine").status == "loaded"
+
+
+def test_for_another_hook_version_both_ways_out_are_named():
+    there, here = tuner.HOOKSPEC_VERSION + 1, tuner.HOOKSPEC_VERSION
+    broken = record(load(offering(TUNER_HOOKSPEC_VERSION=there)), "mine")
+    assert broken.reason.endswith(
+        f"-> install a version of the plugin made for hook version {here}, or a tuner-framework with hook version {there}"
+    )
+
+
+def distribution(folder: Path, name: str, entry_points: str, requires: tuple[str, ...] = (), extras: tuple[str, ...] = ()) -> None:
+    """As pip would leave it, in version 3.1."""
+    info = folder / f"{name.replace('-', '_')}-3.1.dist-info"
+    info.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 3.1", *(f"Provides-Extra: {extra}" for extra in extras),
+             *(f"Requires-Dist: {line}" for line in requires)]  # fmt: skip
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+    (info / "entry_points.txt").write_text(f"[tuner]\n{entry_points}\n")
+
+
+def test_two_plugins_may_not_share_a_name(tmp_path, monkeypatch):
+    for name in ("tuner-moon", "tuner-dusk"):
+        distribution(tmp_path, name, "mine = collections")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = load_plugins(ONLY_MINE, [("mine", offering())])
+    words = "a module given directly and tuner-{} 3.1 both offer a plugin named 'mine'; the first is taken -> remove one of them"
     assert [(r.status, r.reason) for r in registry.plugins[1:] if r.name == "mine"] == [
-        ("loaded", ""), ("failed", "another plugin has the name 'mine'"),
+        ("loaded", ""), ("failed", words.format("dusk")), ("failed", words.format("moon")),
     ]
+    reasons = [r.reason for r in load_plugins(ONLY_MINE).plugins if r.name == "mine"]
+    assert reasons[1].startswith("tuner-dusk 3.1 and tuner-moon 3.1 both offer")
+
+
+PLUGIN = """
+from tuner.component import Component
+from tuner.config.options import Options
+from tuner.hookspecs import hookimpl
+@hookimpl
+def tuner_register_optimizers():
+    return [
+        Component("plain", "x", Options, "moon_parts.plain:Thing"), Component("more", "x", Options, "moon_parts.more:Thing", extra="more"),
+        Component("unsaid", "x", Options, "moon_parts.unsaid:Thing"), Component("lost", "x", Options, "moon_parts.lost:Thing"),
+        Component("bug", "x", Options, "moon_parts.bug:Thing"), Component("quits", "x", Options, "moon_parts.quits:Thing"),
+        Component("says", "x", Options, "moon_parts.says:Thing"),
+    ]
+"""
+PARTS = {
+    "plain": "import made_up_library", "more": "import made_up_extra", "unsaid": "import made_up_secret", "bug": "int('x')",
+    "quits": "raise SystemExit('no licence')",
+    "says": "from tuner.errors import EnvironmentProblem\nraise EnvironmentProblem('needs a moon')", "__init__": "",
+}  # fmt: skip
+
+
+@pytest.fixture
+def moon(tmp_path, monkeypatch):
+    """Makes a plugin with components that cannot be imported, from a distribution with these requirements."""
+
+    def make(*requires: str) -> Registry:
+        (tmp_path / "moon_plugin.py").write_text(PLUGIN)
+        (tmp_path / "moon_parts").mkdir()
+        for name, code in PARTS.items():
+            (tmp_path / "moon_parts" / f"{name}.py").write_text(code + "\n")
+        distribution(tmp_path, "tuner-moon", "moon = moon_plugin", requires, ("more",))
+        monkeypatch.syspath_prepend(tmp_path)
+        return load_plugins({"TUNER_PLUGINS": "moon"})
+
+    yield make
+    for name in [name for name in sys.modules if name.startswith("moon_p")]:
+        del sys.modules[name]
+
+
+def failure(registry: Registry, name: str) -> PluginError:
+    with pytest.raises(PluginError) as caught:
+        registry.component("optimizer", name).load()
+    assert caught.value.exit_code == 10
+    return caught.value
+
+
+def test_of_a_missing_library_pips_line_is_given(moon):
+    registry = moon("click>=1", "made-up-extra>=1; extra == 'more'")
+    assert failure(registry, "more").remedy == 'pip install "tuner-moon[more]"'
+    error = failure(registry, "unsaid")
+    assert error.message == (
+        "component 'unsaid' of plugin moon cannot be imported from moon_parts.unsaid:Thing: No module named 'made_up_secret'"
+    )
+    assert error.remedy == "install the package that has the module made_up_secret, which tuner-moon needs"
+
+
+def test_of_an_unmet_requirement_pips_line_is_given(moon):
+    registry = moon("made-up-library[fast]>=2; python_version > '3'", "click>=99", "pydantic")
+    assert failure(registry, "plain").remedy == 'pip install "made-up-library[fast]>=2" "click>=99"'
+    assert failure(registry, "lost").remedy.startswith("mend tuner-moon")  # pip does not bring what the plugin itself lacks
+
+
+def test_whatever_an_import_raises_is_the_plugins_error(moon):
+    registry = moon()
+    error = failure(registry, "bug")
+    assert "of plugin moon cannot be imported from moon_parts.bug:Thing: ValueError: invalid literal" in error.message
+    assert error.remedy == "mend tuner-moon, or install another version of it; --debug shows where"
+    assert "SystemExit: no licence" in failure(registry, "quits").message
+    with pytest.raises(EnvironmentProblem, match="needs a moon"):
+        registry.component("optimizer", "says").load()
 
 
 def test_choosing_plugins_by_environment(caplog):
@@ -187,10 +303,7 @@ def test_choosing_plugins_by_environment(caplog):
 
 def test_entry_points_are_loaded_and_import_errors_kept(tmp_path, monkeypatch, capsys):
     """A real distribution on the path, as pip would leave it."""
-    info = tmp_path / "tuner_moon-3.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tuner-moon\nVersion: 3.1\n")
-    (info / "entry_points.txt").write_text("[tuner]\nmoon = tuner_moon_module\nshade = tuner_moon_absent\nquits = tuner_moon_quits\n")
+    distribution(tmp_path, "tuner-moon", "moon = tuner_moon_module\nshade = tuner_moon_absent\nquits = tuner_moon_quits")
     (tmp_path / "tuner_moon_module.py").write_text("print('hello')\n")
     (tmp_path / "tuner_moon_quits.py").write_text("raise SystemExit('no licence')\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -43,6 +43,8 @@ LINKED = (*PATTERNS, "docs/**/*.md", "examples/*.md", "examples/*/*.md", "benchm
 
 NOT_RUN = {
     r"(\S+/)?pip install ": "installs packages; the suite runs on an installation",
+    r"tuner server ": "goes on until it is ended; tests/core/test_server.py starts it",
+    r"ssh ": "needs another machine",
     r"make( |$)": "sets up an environment of its own, or starts this suite; .ci/run calls the targets",
 }
 """Shell lines, by a pattern of their beginning, and why they are left out."""

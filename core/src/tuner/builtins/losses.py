@@ -90,7 +90,9 @@ class SigmaBands:
         """
         means: dict[str, Tensor] = {}
         for name, (sums, counts) in self._totals.items():
-            means[f"loss/{name}"] = sums.sum() / counts.sum()
+            mean, count = sums.sum() / counts.sum(), counts.sum()
+            # What was counted and is no number is infinite here: NaN says that nothing was counted.
+            means[f"loss/{name}"] = torch.where((count > 0) & mean.isnan(), math.inf, mean)
             for (low, high), mean in zip(pairwise(self._edges), (sums / counts).unbind()[:-1], strict=True):
                 means[f"loss/{name}/sigma_{low:.2f}-{high:.2f}"] = mean
         self._totals.clear()

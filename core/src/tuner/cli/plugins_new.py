@@ -5,11 +5,14 @@ The files come from `tuner/templates`: those of `common`, then those of the kind
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import keyword
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -19,8 +22,9 @@ import click
 import tuner
 from tuner.config.vocabulary import keys_of
 from tuner.errors import ConfigError, DiskError
-from tuner.plugins.loader import load_plugins
-from tuner.plugins.record import Kind
+from tuner.plugins.claims import unusable
+from tuner.plugins.loader import ON_REQUEST, load_plugins
+from tuner.plugins.record import CORE, Kind
 from tuner.plugins.registry import Registry
 
 NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
@@ -89,8 +93,7 @@ def command(kind: str, name: str, into: Path) -> None:
 
 def write_plugin(kind: str, name: str, into: Path, registry: Registry) -> Path:
     """Writes `into`/tuner-NAME and returns it. Raises `ConfigError` for a name that is no name or is taken, and where the folder exists."""
-    starter = STARTERS[kind]
-    check_name(starter, name, registry)
+    check_name(kind, name, registry)
     target = into / f"tuner-{name.replace('_', '-')}"
     if target.exists():
         problem = "exists already, and nothing is overwritten"
@@ -98,7 +101,7 @@ def write_plugin(kind: str, name: str, into: Path, registry: Registry) -> Path:
     blocked = next((path for path in (into, *into.parents) if path.exists() and not path.is_dir()), None)
     if blocked is not None:
         raise ConfigError("is a file, no folder", where="--into", value=str(blocked), remedy="name a folder")
-    words = replacements(starter, name)
+    words = replacements(STARTERS[kind], name)
     try:
         for path, text in filled(kind, words):
             place = target / path
@@ -115,8 +118,8 @@ def identifier(name: str) -> str:
     return name.replace("-", "_")
 
 
-def check_name(starter: Starter, name: str, registry: Registry) -> None:
-    """Raises `ConfigError` for what cannot be the name of a package, and for what something installed is called already."""
+def check_name(kind: str, name: str, registry: Registry) -> None:
+    """Raises `ConfigError` for what cannot be the name of a package or of keys, and for what something installed is called already."""
     if not NAME.fullmatch(name):
         near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-0123456789")
         remedy = f"such as {near}" if NAME.fullmatch(near) else "such as warm-tones"
@@ -125,23 +128,57 @@ def check_name(starter: Starter, name: str, registry: Registry) -> None:
         raise ConfigError(f"is longer than {LONGEST} letters", where="NAME", value=name, remedy="users type it in keys: choose a short one")
     if name.startswith(("tuner-", "tuner_")):
         raise ConfigError("is called tuner-... in any case", where="NAME", value=name, remedy=f"use {name[6:]}")
-    if taken := taken_by(starter, identifier(name), registry):
+    if keyword.iskeyword(name):
+        raise ConfigError("is a word of Python itself", where="NAME", value=name, remedy="choose another")
+    for key in keys_named(STARTERS[kind], identifier(name)):
+        if reason := unusable(key):
+            raise ConfigError(f"cannot be: its key {key} {reason}", where="NAME", value=name, remedy="choose another")
+    if taken := taken_by(STARTERS[kind], identifier(name), registry):
         raise ConfigError(f"is taken: {taken}", where="NAME", value=name, remedy="choose another")
+    if hidden := hidden_by(kind, identifier(name)):
+        raise ConfigError(f"would hide {hidden}, which the files of the plugin use", where="NAME", value=name, remedy="choose another")
+
+
+def keys_named(starter: Starter, name: str) -> set[str]:
+    """The keys that the plugin declares."""
+    return {f"{name}{ending}" for ending, _, _ in starter.keys}
 
 
 def taken_by(starter: Starter, name: str, registry: Registry) -> str:
     """What is called so already; empty: nothing."""
+    if name in (CORE, *ON_REQUEST):
+        return f"a part of tuner itself is called {name}"
     for record in registry.plugins:
         if record.name == name:
             return f"a plugin is called {name}"
         if name in [component.name for component in record.components.get(starter.kind, ())]:
             return f"{record.name} offers a {starter.kind.replace('_', ' ')} {name}"
-    wanted = {f"{name}{ending}" for ending, _, _ in starter.keys}
+    wanted = keys_named(starter, name)
     for options in registry.option_types:
         for key in keys_of(options):
             if clash := wanted & {key.name, *key.aliases}:
                 return f"{clash.pop()} is a key of {registry.owner_of(options)}"
-    return f"a module tuner_{name} is installed" if importlib.util.find_spec(f"tuner_{name}") else ""
+    if importlib.util.find_spec(f"tuner_{name}"):
+        return f"a module tuner_{name} is installed"
+    project = f"tuner-{name.replace('_', '-')}"
+    try:
+        return f"a distribution {distribution(project).name} is installed"
+    except PackageNotFoundError:
+        return ""
+
+
+def hidden_by(kind: str, name: str) -> str:
+    """What a file of the plugin uses and would define anew, as a class or key of this name; empty: nothing."""
+    keys = keys_named(STARTERS[kind], name)
+    for path, text in filled(kind, replacements(STARTERS[kind], name)):
+        nodes = list(ast.walk(ast.parse(text))) if path.suffix == ".py" else []
+        imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+        fields = {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+        used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        if hidden := (imported & classes) | (used & fields & keys):
+            return min(hidden)
+    return ""
 
 
 def replacements(starter: Starter, name: str) -> Mapping[str, str]:

@@ -124,6 +124,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("output", str(plan.context.output_dir)),
         *(("download", text) for text in plan.downloads),
         *(("regularizer", ": ".join(filter(None, [r.name, r.describe(training_facts(plan))]))) for r in plan.regularizers),
+        *(("loss term", f"{term.name}, of a plugin") for term in plan.loss_terms),
         *(("precision", text) for text in describe_precision(plan)),
         *(("memory", f"{strategy.name}: {strategy.plan(memory_facts(plan)).summary}") for strategy in plan.memory.strategies),
         *([("memory", plan.predicted.describe())] if plan.predicted else []),

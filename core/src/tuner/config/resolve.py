@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -18,7 +18,7 @@ from tuner.config.json_text import Pairs, parse, plain, refuse_constant
 from tuner.config.masking import masked, shown
 from tuner.config.options import Options
 from tuner.config.problems import combined, problems_of
-from tuner.config.vocabulary import RESERVED, Key, Vocabulary, did_you_mean
+from tuner.config.vocabulary import RESERVED, Key, Vocabulary, did_you_mean, union_parts
 from tuner.errors import ConfigError
 
 EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE]\+?\d{1,3}")
@@ -192,7 +192,8 @@ def _is_empty(item: Given) -> bool:
 
 
 def _decoded(item: Given, problems: list[ConfigError]) -> Given | None:
-    """Strings that stand for something else: JSON or words separated by commas for lists and objects, `1e4` for whole numbers.
+    """Strings that stand for something else: JSON or words separated by commas for lists and objects, `1e4` for whole numbers, `2` for
+    the number among the choices.
 
     None, and a problem, where that fails or where true/false is given for a number.
     """
@@ -210,10 +211,21 @@ def _decoded(item: Given, problems: list[ConfigError]) -> Given | None:
             problems.append(ConfigError(f"is not valid JSON: {error} ({item.place})", where=key.name, value=shown(key.name, value)))
             return None
     if key.admits(list) and (not key.admits(str) or "," in text):
-        return replace(item, value=[word.strip() for word in text.split(",") if word.strip()])
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        members = [member for part in union_parts(key.annotation) if get_origin(part) is list for member in get_args(part)]
+        return replace(item, value=[_chosen(members, word) for word in words])
     if key.admits(int) and not key.admits(str) and EXPONENT.fullmatch(text):
         return replace(item, value=float(text))  # pydantic takes 10000.0 for 10000 and refuses 0.5
-    return item
+    return replace(item, value=_chosen([key.annotation], value))
+
+
+def _chosen(annotations: Iterable[Any], text: str) -> object:
+    """The choice of a Literal that is written so; `text` itself where none is, or where text is among what is allowed."""
+    parts = [part for annotation in annotations for part in union_parts(annotation)]
+    choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    if str in parts or text in choices:
+        return text
+    return next((choice for choice in choices if isinstance(choice, int) and str(choice).lower() == text.strip().lower()), text)
 
 
 def _accepts_unsupported(item: Given, problems: list[ConfigError], notices: list[str]) -> bool:

@@ -64,7 +64,7 @@ class LossValue:
         if self.counted is None:
             return self.values.mean() * self.weight
         counted = self.counted.to(self.values.dtype)
-        return (self.values * counted).sum() / counted.sum().clamp(min=1) * self.weight
+        return torch.where(self.counted, self.values, 0.0).sum() / counted.sum().clamp(min=1) * self.weight
 
 
 def token_mask(stream: StreamBatch) -> Tensor:
@@ -81,9 +81,10 @@ def token_mask(stream: StreamBatch) -> Tensor:
 
 
 class LossTerm(ABC):
-    """A function of a forward pass."""
+    """A function of a forward pass. What depends on the number of the step cannot be replayed, so with a plugin's terms no step is."""
 
     name: str
+    """Of no stream, and no other term of the run."""
 
     @abstractmethod
     def __call__(self, state: StepState) -> LossValue:

@@ -117,7 +117,7 @@ class MemorySession:
         """All weights usable at once, for saving or merging, though perhaps not on the device; the next step still works."""
 
     def stats(self) -> Mapping[str, float]:
-        """Counters for the log."""
+        """Counters, for tests and benchmarks."""
         return {}
 
     def detach(self) -> None:
@@ -227,7 +227,11 @@ class Quantizer(ABC):
 
     @abstractmethod
     def quantize(self, module: nn.Module) -> QuantizedPart:
-        """Quantizes the linear layers inside `module` in place, on the device they are on."""
+        """Quantizes the linear layers inside `module` in place, on the device they are on.
+
+        They stay `nn.Linear`s under their names, where adapters look for them: `tuner.model.quantized.become_quantized` changes a layer's
+        class to one that computes with the new weight.
+        """
 
     @abstractmethod
     def bytes_of(self, weight: torch.Size, dtype: torch.dtype) -> int:

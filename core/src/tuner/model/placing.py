@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from tuner.errors import PluginError
 from tuner.interfaces.blocks import BlockSet
 from tuner.interfaces.memory import MemorySession, MemoryStrategy, PartMemory, Placement, Quantizer
 from tuner.model.reading import cast_empty
@@ -64,7 +65,13 @@ class BlockPlacement(Placement):
 
     def received(self, index: int, block: nn.Module) -> None:
         if self.quantizer is not None:
+            before = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
             done = self.quantizer.quantize(block)
+            if lost := before - {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}:
+                raise PluginError(
+                    f"{len(lost)} linear layers of block {index} are no nn.Linear any more, so adapters would not find them",
+                    where=f"quantizer {self.quantizer.name}", value=min(lost), remedy="change the class with `become_quantized`",
+                )  # fmt: skip
             self._quantized += len(done.modules)
             self._left += [f"{index}.{name}" for name in done.left]
         self.session.receive(index, block, self.device)

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Literal
 
@@ -45,19 +45,27 @@ class Candidate:
     version: str
     load: Callable[[], object]
 
+    @property
+    def origin(self) -> str:
+        """`tuner-moon 3.1`."""
+        return f"{self.distribution} {self.version}" if self.distribution else "a module given directly"
+
 
 def load_plugins(environ: Mapping[str, str] = os.environ, extra: Sequence[tuple[str, object]] = ()) -> Registry:
     """Loads the built-ins, then every installed plugin and `extra` (name, module or object) in the order of their names."""
     only, disabled = _names(environ, ONLY), _names(environ, DISABLED)
     candidates = _candidates(extra, only or set())
     claims = Claims()
-    plugins = [_load(_builtins(), claims)]
+    builtins = _builtins()
+    plugins = [_load(builtins, claims)]
+    named = {BUILTINS: builtins}
     for candidate in candidates:
         reason = _why_disabled(candidate.name, only, disabled)
         if reason:
             plugins.append(_absent(candidate, "disabled", reason))
-        elif candidate.name in [plugin.record.name for plugin in plugins]:
-            plugins.append(_absent(candidate, "failed", f"another plugin has the name {candidate.name!r}"))
+        elif (first := named.setdefault(candidate.name, candidate)) is not candidate:
+            words = f"{first.origin} and {candidate.origin} both offer a plugin named {candidate.name!r}; the first is taken"
+            plugins.append(_absent(candidate, "failed", reason_of(PluginError(words, remedy="remove one of them"))))
         else:
             plugins.append(_load(candidate, claims))
     installed = {candidate.name for candidate in candidates} | {BUILTINS}
@@ -119,7 +127,7 @@ def _load(candidate: Candidate, claims: Claims) -> LoadedPlugin:
     try:
         with redirect_stdout(sys.stderr):  # stdout belongs to the command: with --json it is one object
             plugin = candidate.load()
-        manager = _manager(candidate.name, plugin)
+        manager = _manager(candidate, plugin)
         loaded = LoadedPlugin(PluginRecord(candidate.name, candidate.distribution, candidate.version, "loaded"), manager)
         components.update(_components(loaded))
         option_types = _option_types(loaded, components)
@@ -137,19 +145,30 @@ def _load(candidate: Candidate, claims: Claims) -> LoadedPlugin:
     return LoadedPlugin(record, manager)
 
 
-def _manager(name: str, plugin: object) -> pluggy.PluginManager:
+def _manager(candidate: Candidate, plugin: object) -> pluggy.PluginManager:
     """A manager with this plugin alone. Raises `PluginError` or pluggy's validation error for hooks that do not fit."""
-    built_for = getattr(plugin, "TUNER_HOOKSPEC_VERSION", tuner.HOOKSPEC_VERSION)
-    if built_for != tuner.HOOKSPEC_VERSION:
-        raise PluginError(f"it was built for hook version {built_for}; this is version {tuner.HOOKSPEC_VERSION}")
+    _check_version(candidate, getattr(plugin, "TUNER_HOOKSPEC_VERSION", tuner.HOOKSPEC_VERSION))
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    manager.register(plugin, name)
+    manager.register(plugin, candidate.name)
     manager.check_pending()
     bare = [n for n in dir(plugin) if n.startswith("tuner_") and inspect.isroutine(getattr(plugin, n)) and not _is_hook(manager, plugin, n)]
     if bare:
         raise PluginError(f"{', '.join(bare)} lacks the decorator tuner.hookspecs.hookimpl")
     return manager
+
+
+def _check_version(candidate: Candidate, built_for: object) -> None:
+    here = tuner.HOOKSPEC_VERSION
+    if type(built_for) is not int:
+        kind = "text" if isinstance(built_for, str) else type(built_for).__name__
+        raise PluginError(f"its TUNER_HOOKSPEC_VERSION must be the number {here}, not {kind}", value=built_for)
+    if built_for != here:
+        remedy = (
+            f"install a version of {candidate.distribution or 'the plugin'} made for hook version {here}, "
+            f"or a tuner-framework with hook version {built_for}"
+        )
+        raise PluginError(f"it was built for hook version {built_for}; this is version {here}", remedy=remedy)
 
 
 def _is_hook(manager: pluggy.PluginManager, plugin: object, name: str) -> bool:
@@ -162,7 +181,12 @@ def _components(plugin: LoadedPlugin) -> dict[Kind, tuple[Component, ...]]:
         for item in items:
             if not isinstance(item, Component):
                 raise PluginError(f"{registration_hook(kind)} must return Components, not {type(item).__name__}")
-    return {kind: tuple(item for item in items if isinstance(item, Component)) for kind, items in found.items() if items}
+    name, distribution = plugin.record.name, plugin.record.distribution
+    return {
+        kind: tuple(replace(item, plugin=name, distribution=distribution) for item in items if isinstance(item, Component))
+        for kind, items in found.items()
+        if items
+    }
 
 
 def _option_types(plugin: LoadedPlugin, components: Mapping[Kind, tuple[Component, ...]]) -> tuple[type[Options], ...]:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tuner.errors import NumericError, TunerError
+from tuner.errors import NumericError, PluginError, TunerError
 from tuner.interfaces.losses import Regularizer
 from tuner.plugins.record import Kind
 from tuner.testing.conformance import RECOMPUTED, SwitchedComponent, check, equal, same_bits
@@ -44,7 +44,7 @@ class RegularizerConformance(SwitchedComponent):
     def test_what_it_attaches_is_within_the_model(self) -> None:
         try:
             trial = self.trial()
-        except IndexError as error:
+        except PluginError as error:
             raise AssertionError(f"{error}: resolve indices in attach, and refuse in check what does not fit") from error
         one, blocks = self.attached(trial), len(trial.assembly.training.blocks.blocks)
         places = [(tap.name, tap.block) for tap in one.taps()] + [("a transform", transform.block) for transform in one.transforms()]

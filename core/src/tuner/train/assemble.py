@@ -18,13 +18,14 @@ from tuner.builtins.losses import FlowMatchingLoss
 from tuner.config.rollout_settings import RolloutSettings
 from tuner.config.settings import AdapterSettings, DataSettings, ModelSettings, OptimizerSettings, TrainSettings
 from tuner.data.randomness import derived_seed
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, PluginError
 from tuner.interfaces.blocks import BlockSet
-from tuner.interfaces.losses import LossTerm, Regularizer
+from tuner.interfaces.losses import LossTerm, Regularizer, Tap, Transform
 from tuner.interfaces.memory import MemorySession
 from tuner.model.adapters import add_adapters, resolve_targets
 from tuner.model.compiled import CompiledBlocks
 from tuner.model.runner import BlockRunner
+from tuner.plugins.guard import listed
 from tuner.train import reflexflow
 from tuner.train.accumulation import batches_together
 from tuner.train.activations import budgeted, policy
@@ -35,6 +36,7 @@ from tuner.train.passes import ExtraPasses
 from tuner.train.phases import Phases
 from tuner.train.plan import Plan
 from tuner.train.rollout import NoiseTransform, Rollout
+from tuner.train.rules import repeated, two_of_one_name
 from tuner.train.schedule import make_schedule
 from tuner.train.step import TrainingModel
 
@@ -76,6 +78,8 @@ def assemble(plan: Plan, device: torch.device, phases: Phases | None = None) -> 
     blocks = family.block_set(model)
     session = placement.attach(blocks)
     regularizers = _attach_regularizers(plan, blocks)
+    for regularizer in regularizers:
+        _check_places(regularizer, len(blocks), family.stream_names)
     runner = BlockRunner(
         blocks,
         family.call_block,
@@ -88,6 +92,8 @@ def assemble(plan: Plan, device: torch.device, phases: Phases | None = None) -> 
     runner.lanes = plan.settings.get(ModelSettings).cuda_graph_lanes > 1
     phases.done("attach")
     terms = [*stream_losses(plan), *plan.loss_terms, *(t for r in regularizers for t in r.loss_terms())]
+    for name in repeated([term.name for term in terms]):
+        raise two_of_one_name("loss term", name)
     own = dict(trained)
     for regularizer in regularizers:
         if (module := regularizer.trainable()) is not None:
@@ -185,6 +191,22 @@ def stream_losses(plan: Plan) -> Sequence[LossTerm]:
     if rollout.enabled() and rollout.scheduled_sampling_reflexflow:
         return reflexflow.stream_losses(plan.family.learned_streams(plan.streams), weights, rollout)
     return [FlowMatchingLoss(stream, weights.get(stream, 1.0)) for stream in plan.family.learned_streams(plan.streams)]
+
+
+def _check_places(regularizer: Regularizer, blocks: int, streams: Sequence[str]) -> None:
+    """Raises `PluginError` for a transform or tap at a place that is none."""
+    who = f"regularizer {regularizer.name}"
+    transforms, taps = listed(who, "transforms", regularizer.transforms, Transform), listed(who, "taps", regularizer.taps, Tap)
+    listed(who, "loss_terms", regularizer.loss_terms, LossTerm)
+    for place in (*transforms, *taps):
+        if not 0 <= place.block < blocks:
+            raise PluginError(f"block {place.block} is outside 0..{blocks - 1}", where=who, value=type(place).__name__)
+    for transform in transforms:
+        if transform.when not in ("before", "after"):
+            raise PluginError("a transform is called before or after a block", where=who, value=transform.when)
+    for tap in taps:
+        if tap.stream not in streams:
+            raise PluginError(f"there are the streams {', '.join(streams)}", where=who, value=f"tap of {tap.stream}")
 
 
 def _attach_regularizers(plan: Plan, blocks: BlockSet) -> tuple[Regularizer, ...]:

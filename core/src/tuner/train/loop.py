@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -184,8 +185,10 @@ class Loop:
             self.on_metrics(step, row)
             for name in ("loss", "grad_norm"):
                 if row[name] != row[name] or row[name] in (float("inf"), float("-inf")):
+                    terms = [key.removeprefix("loss/") for key, value in row.items() if key.count("/") == 1 and not math.isfinite(value)]
+                    culprits = f", because of the term {', '.join(terms)}" if terms else ""
                     raise NumericError(
-                        f"{name} is not finite at step {step}", where=name, value=row[name],
+                        f"{name} is not finite at step {step}{culprits}", where=name, value=row[name],
                         remedy="resume from the last checkpoint with a lower learning_rate or max_grad_norm",
                     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from tuner.interfaces.memory import Quantizer
 from tuner.interfaces.services import Loader, WeightSource
 from tuner.model import fp8
 from tuner.model.placing import RunMemory
+from tuner.plugins.guard import listed
 from tuner.plugins.record import Kind
 from tuner.train import rules
 from tuner.train.forecast.advise import forecast
@@ -180,7 +182,9 @@ def memory_problems(plan: Plan) -> list[TunerError]:
     problems: list[TunerError] = []
     for part in sorted(asked):
         strategies = [strategy for strategy in plan.memory.strategies if part in strategy.parts()]
-        problems += [problem for strategy in strategies for problem in strategy.supports(memory_facts(plan, part))]
+        for strategy in strategies:
+            supports = partial(strategy.supports, memory_facts(plan, part))
+            problems += listed(f"memory strategy {strategy.name}", "supports", supports, TunerError)
         if len(strategies) > 1:
             names = [strategy.name for strategy in strategies]
             keys = ", ".join(key for strategy in strategies for key in strategy.keys(part))

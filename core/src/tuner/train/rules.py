@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +15,10 @@ from torch import nn
 from tuner.config.entries import FolderEntry
 from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
 from tuner.data.epochs import group_turns
-from tuner.errors import ConfigError, DiskError, TunerError
+from tuner.errors import ConfigError, DiskError, PluginError, TunerError
 from tuner.interfaces.losses import TrainingFacts
 from tuner.model.adapters import resolve_targets
+from tuner.plugins.guard import listed
 
 if TYPE_CHECKING:
     from tuner.train.plan import Plan
@@ -31,7 +34,29 @@ def problems(plan: Plan) -> list[TunerError]:
         facts = training_facts(plan)
     except ConfigError as error:
         return [*found, error]
-    return [*found, *(problem for regularizer in plan.regularizers for problem in regularizer.check(facts))]
+    found += _name_problems(plan)
+    for regularizer in plan.regularizers:
+        found += listed(f"regularizer {regularizer.name}", "check", partial(regularizer.check, facts), TunerError)
+    return found
+
+
+def _name_problems(plan: Plan) -> list[TunerError]:
+    """Two things of one name: one would be left out, or their numbers mixed. Encoders that make the same share their records."""
+    terms = repeated([*plan.streams, *(term.name for term in plan.loss_terms)])
+    makes = {(encoder.name, encoder.reads, repr(dict(encoder.settings()))) for encoder in plan.encoders}
+    encoders = repeated([name for name, *_ in sorted(makes)])
+    return [*(two_of_one_name("loss term", name) for name in terms), *(two_of_one_name("encoder", name) for name in encoders)]
+
+
+def repeated(names: Sequence[str]) -> list[str]:
+    """Those that are there more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def two_of_one_name(kind: str, name: str) -> PluginError:
+    """Streams count among loss terms. Whose the two are, plugins' authors know."""
+    remedy = "switch one of them off, or ask the plugin's author for a name of its own"
+    return PluginError("two of this run have one name", where=kind, value=name, remedy=remedy)
 
 
 def _output_problems(plan: Plan) -> list[TunerError]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tuner.errors import PluginError
 from tuner.interfaces.blocks import BlockState
 from tuner.interfaces.family import Batch, ModelFamily, Noise
 from tuner.interfaces.losses import LossTerm, LossValue, Regularizer, StepState, TapValue
@@ -64,8 +65,22 @@ def _losses(
 ) -> StepResult:
     prediction = run.family.exit(run.model, after)
     seen = StepState(item.batch, item.noise, prediction, taps, step)
-    terms = tuple(term(seen) for term in run.loss_terms)
+    samples = len(item.batch.samples)
+    terms = tuple(_checked(term.name, term(seen), samples) for term in run.loss_terms)
     weighed: Sequence[LossValue] = terms
     for regularizer in run.regularizers:
         weighed = regularizer.weigh(weighed, seen)
     return StepResult(torch.stack([value.reduced() for value in weighed]).sum(), terms, entered)
+
+
+def _checked(name: str, value: LossValue, samples: int) -> LossValue:
+    """What a loss term gave. Raises `PluginError` for something that it may not give; looks at no number."""
+    if not isinstance(value, LossValue):
+        raise PluginError("must give a LossValue", where=f"loss term {name}", value=type(value).__name__)
+    for tensor in (value.values, *value.measured.values()):
+        if tuple(tensor.shape) != (samples,) or tensor.dtype != torch.float32:
+            found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            raise PluginError(f"must give a number for each sample, ({samples},) float32", where=f"loss term {name}", value=found)
+    if value.counted is not None and (tuple(value.counted.shape) != (samples,) or value.counted.dtype != torch.bool):
+        raise PluginError(f"`counted` must be ({samples},) bool", where=f"loss term {name}", value=tuple(value.counted.shape))
+    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 
 from tuner.config.settings import AdapterSettings, ModelSettings
 from tuner.data.manifest import Manifest
-from tuner.errors import CheckpointError
+from tuner.errors import CheckpointError, PluginError
 from tuner.interfaces.family import ClipShape, ModelFamily
 from tuner.interfaces.services import AdapterState, CheckpointFormat, TensorHeader
 from tuner.model.adapters import adapter_alpha, adapter_state
+from tuner.plugins.guard import asked
 from tuner.tensor_files import write_tensors
 from tuner.train.assemble import Assembly
 from tuner.train.plan import Plan
@@ -50,11 +52,20 @@ def write_adapter_files(plan: Plan, assembly: Assembly, folder: Path, formats: S
         fits = not layout.families or plan.family_name in layout.families
         if fits and (formats is None or component.name in formats):
             found.append((not layout.families, component.name, layout))
-    written: list[Path] = []
-    for foreign, name, layout in sorted(found, key=lambda entry: entry[:2]):
-        path = folder / file_name(name, own=not foreign and not written)
-        layout.write(path, adapter, adapter_facts(plan))
+    written, broken = list[Path](), list[PluginError]()
+    found.sort(key=lambda entry: entry[:2])
+    for index, (foreign, name, layout) in enumerate(found):
+        path = folder / file_name(name, own=not foreign and not index)
+        try:
+            asked(f"checkpoint format {name}", "write", partial(layout.write, path, adapter, adapter_facts(plan)))
+            if not path.exists():
+                raise PluginError("write has made no file", where=f"checkpoint format {name}", value=path.name)
+        except PluginError as error:  # the other layouts are written all the same
+            broken.append(error)
+            continue
         written.append(path)
+    if broken:
+        raise broken[0]
     return tuple(written)
 
 

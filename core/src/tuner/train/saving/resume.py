@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tuner.config.settings import OptimizerSettings, RunSettings
-from tuner.errors import CheckpointError, ConfigError
+from tuner.config.options import Options
+from tuner.config.settings import CORE_OPTIONS, ModelSettings, OptimizerSettings, RunSettings
+from tuner.errors import CheckpointError, ConfigError, PluginError
+from tuner.plugins.record import BUILTINS, KINDS, Kind
 from tuner.train.assemble import Assembly
 from tuner.train.plan import Plan
 from tuner.train.saving.checkpoint import (
@@ -37,6 +39,8 @@ HARMLESS = frozenset({
     "num_train_epochs", "pretrained_model_name_or_path", "revision", "text_encoder_path",
 })  # fmt: skip
 """Core keys that do not change the numbers of a step, or whose effect is covered by the digests of dataset and model."""
+COMPUTING: tuple[Kind, ...] = ("family", "latent_encoder", "loss_term", "regularizer", "memory_strategy", "quantizer", "optimizer")
+"""What takes part in a step."""
 OPEN_ENDED = frozenset({"constant", "constant_with_warmup"})
 """Schedules that do not depend on the length of the run: such a run may be made longer."""
 
@@ -128,14 +132,17 @@ class TrainingCheckpoints:
 def exact_facts(plan: Plan, world: int) -> dict[str, object]:
     """Everything that decides the numbers of a step, but for the dataset, which is known after caching."""
     settings = plan.settings
+    unused = set(plan.registry.option_types) - taking_part(plan)
     placing = {key for options in plan.registry.option_types if not options.changes_numbers for key in options.model_fields}
+    placing |= {key for options in unused for key in options.model_fields}
     values = {key: entry["value"] for key, entry in settings.resolved().items() if decides(key) and key not in placing}
     follows = any(settings.get(options).follows_length() for options in plan.registry.option_types)
     if settings.get(OptimizerSettings).lr_scheduler in OPEN_ENDED and not follows:
         values.pop("max_train_steps", None)
     libraries = {quantizer.distribution for quantizer in plan.memory.quantizers.values()} - {""}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "peft", *sorted(libraries))}
-    versions |= {p.name: p.version for p in plan.registry.plugins if p.status == "loaded"}
+    versions = {name: _version(name) for name in ("torch", "peft", *sorted(libraries))}
+    owners = {plan.registry.owner_of(options) for options in taking_part(plan)} | {BUILTINS}
+    versions |= {p.name: p.version for p in plan.registry.plugins if p.name in owners}
     return {
         "settings": values,
         "model": plan.source.fingerprint("transformer"),
@@ -144,6 +151,31 @@ def exact_facts(plan: Plan, world: int) -> dict[str, object]:
         "device": plan.context.device.type if plan.context.device.type == "cpu" else torch.cuda.get_device_name(plan.context.device),
         "ranks": world,
     }
+
+
+def taking_part(plan: Plan) -> set[type[Options]]:
+    """The option models of the core, and of what computes in this run: other installed plugins do not decide its numbers."""
+    registry = plan.registry
+    chosen = {"family": {plan.family_name}, "optimizer": {plan.settings.get(OptimizerSettings).optimizer}}
+    model = plan.settings.get(ModelSettings)
+    chosen["quantizer"] = {model.base_model_precision, model.text_encoder_1_precision}
+    found: set[type[Options]] = set(CORE_OPTIONS)
+    for kind in COMPUTING:
+        names = chosen.get(kind)
+        for component in registry.components(kind):
+            if component.name in names if names is not None else plan.settings.get(component.options).enabled():
+                found.add(component.options)
+    # What a plugin declares beside its components holds for all of them.
+    owners = {registry.owner_of(options) for options in found}
+    named = {component.options for kind in KINDS for component in registry.components(kind)}
+    return found | {options for options in registry.option_types if options not in named and registry.owner_of(options) in owners}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise PluginError("no distribution of this name is installed", where="Quantizer.distribution", value=distribution) from None
 
 
 def decides(key: str) -> bool:
