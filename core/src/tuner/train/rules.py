@@ -41,10 +41,9 @@ def problems(plan: Plan) -> list[TunerError]:
 
 
 def _name_problems(plan: Plan) -> list[TunerError]:
-    """Two things of one name: one would be left out, or their numbers mixed. Encoders that make the same share their records."""
+    """Two things of one name: one would be left out, or their numbers mixed. Encoders of one class share records where they make the same."""
     terms = repeated([*plan.streams, *(term.name for term in plan.loss_terms)])
-    makes = {(encoder.name, encoder.reads, repr(dict(encoder.settings()))) for encoder in plan.encoders}
-    encoders = repeated([name for name, *_ in sorted(makes)])
+    encoders = repeated([name for name, _ in {(encoder.name, type(encoder)): None for encoder in plan.encoders}])
     return [*(two_of_one_name("loss term", name) for name in terms), *(two_of_one_name("encoder", name) for name in encoders)]
 
 
