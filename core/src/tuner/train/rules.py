@@ -41,7 +41,7 @@ def problems(plan: Plan) -> list[TunerError]:
 
 
 def _name_problems(plan: Plan) -> list[TunerError]:
-    """Two things of one name: one would be left out, or their numbers mixed. Encoders of one class share records where they make the same."""
+    """Two things of one name: one would be left out, or their numbers mixed. Encoders of one class share what they make alike."""
     terms = repeated([*plan.streams, *(term.name for term in plan.loss_terms)])
     encoders = repeated([name for name, _ in {(encoder.name, type(encoder)): None for encoder in plan.encoders}])
     return [*(two_of_one_name("loss term", name) for name in terms), *(two_of_one_name("encoder", name) for name in encoders)]
