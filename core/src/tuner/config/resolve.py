@@ -251,7 +251,7 @@ def _accepts_unsupported(item: Given, problems: list[ConfigError], notices: list
 
 def _choose(pair: tuple[str, str], given: dict[str, Given], notices: list[str]) -> None:
     """Of two keys that take each other's place the one from the nearer source stays; two from one source are for whoever reads them."""
-    if not all(name in given for name in pair):
+    if not all(name in given and str(given[name].value) != "0" for name in pair):
         return
     farther, nearer = sorted((given[name] for name in pair), key=lambda item: ORIGINS.index(item.origin))
     if farther.origin != nearer.origin:

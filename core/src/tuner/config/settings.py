@@ -139,6 +139,7 @@ class TrainSettings(Options):
     """Length, batches, seed."""
 
     title: ClassVar[str] = "Training"
+    alternatives: ClassVar[tuple[tuple[str, str], ...]] = (("max_train_steps", "num_train_epochs"),)
 
     train_batch_size: int = option(
         1, ge=1, help="Clips per batch and device.", unit="clips", ask="How many clips in a batch?",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +15,7 @@ from tuner.config.settings import DataSettings, OptimizerSettings, RunSettings
 from tuner.data.dataset import TrainingSet
 from tuner.data.prefetch import Prefetcher
 from tuner.data.randomness import derived_seed
-from tuner.errors import NumericError
+from tuner.errors import DataError, NumericError, TunerError
 from tuner.interfaces.family import Batch, Sample
 from tuner.model.selection import with_counts
 from tuner.train.assemble import Assembly
@@ -24,6 +25,8 @@ from tuner.train.plan import Plan
 from tuner.train.signals import StopRequests
 from tuner.train.step import Item
 
+NOT_FINITE = "start anew in another output_dir with a lower learning_rate or max_grad_norm; the last checkpoint has the weights from before"
+"""What to do where training has left the numbers."""
 FLUSH_STEPS = 10
 """On a GPU, metrics cross to the host once in so many steps: reading each would stop the queue of kernels."""
 
@@ -75,6 +78,11 @@ class Loop:
                     saved = step
                 if step < self.plan.total_steps and not self.stops.stop:
                     self._validate(step)
+        except DataError:
+            if step > saved and self.world == 1:  # what was trained on good data is kept
+                with suppress(TunerError):
+                    self.checkpoint(step)
+            raise
         finally:
             feed.close()
         self.flush()
@@ -98,7 +106,7 @@ class Loop:
         if not self.assembly.masters.are_finite():
             raise NumericError(
                 f"trained weights are not finite after step {step}", where="weights",
-                remedy="resume from the last checkpoint with a lower learning_rate or max_grad_norm",
+                remedy=NOT_FINITE,
             )  # fmt: skip
         self.save(step)
 
@@ -189,7 +197,7 @@ class Loop:
                     culprits = f", because of the term {', '.join(terms)}" if terms else ""
                     raise NumericError(
                         f"{name} is not finite at step {step}{culprits}", where=name, value=row[name],
-                        remedy="resume from the last checkpoint with a lower learning_rate or max_grad_norm",
+                        remedy=NOT_FINITE,
                     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from types import TracebackType
 
 from tuner.data.manifest import Manifest
@@ -45,6 +46,8 @@ class Recorder:
         self._cost = 0.0
         """Seconds that the last report took."""
         self._stale = False
+        self._said: dict[str, str] = {}
+        """File -> why it was not written: said once."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
 
@@ -71,13 +74,13 @@ class Recorder:
         return self._step
 
     def stage(self, state: str, step: int | None = None) -> None:
-        """What is going on now: "caching", "loading", "saving", "finished", "stopped". Raises `DiskError`."""
+        """What is going on now: "caching", "loading", "saving", "finished", "stopped". What cannot be written is a note."""
         self._step = self._step if step is None else step
         if self._active:
-            self.folder.heartbeat(self._step, self.total, state)
+            self._attempt("heartbeat.json", partial(self.folder.heartbeat, self._step, self.total, state))
 
     def step(self, step: int, row: Mapping[str, float]) -> None:
-        """A step's numbers arrived. Raises `DiskError`."""
+        """A step's numbers arrived. What cannot be written is a note: a disk that is full for a moment ends no training."""
         if not self._active:
             return
         moment = self._clock()
@@ -91,8 +94,8 @@ class Recorder:
         if moment - self._paced >= PACE or step >= self.total:
             self._paced = moment
             facts["memory"] = asdict(self._memory())
-            self.folder.pace(step, {"seconds": facts["seconds_per_step"], "memory": facts["memory"]})
-        self.folder.heartbeat(step, self.total, "training", facts)
+            self._attempt("pace.jsonl", partial(self.folder.pace, step, {"seconds": facts["seconds_per_step"], "memory": facts["memory"]}))
+        self._attempt("heartbeat.json", partial(self.folder.heartbeat, step, self.total, "training", facts))
         if self._stale and self._cost <= SHARE * (moment - self._reported):
             self.report()
 
@@ -111,8 +114,11 @@ class Recorder:
     def _attempt(self, name: str, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # a page for people, whatever is wrong with it, is no reason to lose a training
-            self._note(f"{name} was not written: {reason_of(error)}")
+        except Exception as error:  # what is for people, whatever is wrong with it, is no reason to lose a training
+            reason = f"{name} was not written: {reason_of(error)}"
+            if self._said.get(name) != reason:
+                self._note(reason)
+            self._said[name] = reason
 
     def _heard(self, kind: str, facts: Mapping[str, object]) -> None:
         self._stale = self._stale or kind in NEWS

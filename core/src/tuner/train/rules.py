@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from tuner.config.entries import FolderEntry
+from tuner.config.entries import FolderEntry, PictureEntry
 from tuner.config.settings import AdapterSettings, ModelSettings, OptimizerSettings, RunSettings, TrainSettings
 from tuner.data.epochs import group_turns
 from tuner.errors import ConfigError, DiskError, PluginError, TunerError
@@ -23,7 +23,7 @@ from tuner.plugins.guard import listed
 if TYPE_CHECKING:
     from tuner.train.plan import Plan
 
-LONGEST_SIDE = 8192
+SHORTEST_SIDE, LONGEST_SIDE = 16, 8192
 """In pixels; what is beyond is a mistake in the unit rather than a wish: no model makes such pictures."""
 
 
@@ -79,14 +79,18 @@ def _inside_data_problems(plan: Plan, folder: Path) -> list[TunerError]:
 
 
 def _size_problems(plan: Plan) -> list[TunerError]:
+    small = {entry.id: entry.resolution for entry in plan.entries if isinstance(entry, PictureEntry)
+             if entry.resolution_type != "area" and entry.resolution < SHORTEST_SIDE}  # fmt: skip
     sizes = {item.dataset: item.bucket for item in plan.manifest.items if max(item.bucket.width, item.bucket.height) > LONGEST_SIDE}
     remedy = "resolution counts pixels, or megapixels where resolution_type is area"
     return [
-        ConfigError(
+        *(ConfigError(f"dataset {dataset!r} would be scaled to {asked:g} pixels", where="resolution", remedy=remedy)
+          for dataset, asked in small.items()),
+        *(ConfigError(
             f"dataset {dataset!r} would be scaled to {bucket.width}x{bucket.height}; a side has at most {LONGEST_SIDE} pixels",
             where="resolution", remedy=remedy,
         )
-        for dataset, bucket in sizes.items()
+        for dataset, bucket in sizes.items()),
     ]  # fmt: skip
 
 

@@ -63,6 +63,7 @@ class TrainingCheckpoints:
         wanted = self.plan.settings.get(RunSettings).resume_from_checkpoint
         self._found = find_checkpoint(self.folder, wanted or "latest")
         if self._found is None:
+            self._require_empty()
             return
         if not wanted:
             raise ConfigError(
@@ -71,6 +72,14 @@ class TrainingCheckpoints:
             )  # fmt: skip
         self._require_within(read_step(self._found))
         require_exact(self._saved(), self._exact, frozenset({"dataset"}), where=str(self._found))
+
+    def _require_empty(self) -> None:
+        """What an earlier run has left for other programs is not written over, whether its checkpoints are kept or not."""
+        if left := sorted(self.folder.glob("*.safetensors")):
+            raise ConfigError(
+                f"the folder already holds {left[0].name} of an earlier run, whose checkpoints are gone", where=f"output_dir {self.folder}",
+                remedy="choose another output_dir, or move that file away",
+            )  # fmt: skip
 
     def _require_within(self, step: int) -> None:
         if step > self.plan.total_steps:
@@ -104,7 +113,7 @@ class TrainingCheckpoints:
         assembly.masters.load_state(loaded.parts["weights"])
         optimizer = restore_state(loaded.parts.get("optimizer", {}), loaded.facts["optimizer"])
         assembly.optimizer.load_state_dict(optimizer)
-        assembly.schedule.load_state_dict(restore_state({}, loaded.facts["schedule"]))
+        assembly.schedule.load_state_dict(restore_state(loaded.parts.get("schedule", {}), loaded.facts["schedule"]))
         for regularizer in assembly.regularizers:
             regularizer.load_state_dict(loaded.parts.get(f"regularizer-{regularizer.name}", {}))
         self._require_within(loaded.step)  # clips that failed may have made the run shorter
@@ -113,8 +122,8 @@ class TrainingCheckpoints:
     def save(self, step: int, assembly: Assembly) -> Path:
         """Commits `checkpoint-<step>`. Raises `DiskError`; older checkpoints stay."""
         optimizer, optimizer_facts = flatten_state(assembly.optimizer.state_dict())
-        _, schedule_facts = flatten_state(assembly.schedule.state_dict())
-        parts: dict[str, Mapping[str, Tensor]] = {"weights": assembly.masters.state(), "optimizer": optimizer}
+        schedule, schedule_facts = flatten_state(assembly.schedule.state_dict())
+        parts: dict[str, Mapping[str, Tensor]] = {"weights": assembly.masters.state(), "optimizer": optimizer, "schedule": schedule}
         for regularizer in assembly.regularizers:
             parts[f"regularizer-{regularizer.name}"] = regularizer.state_dict()
         facts = {"optimizer": optimizer_facts, "schedule": schedule_facts, "exact": self._exact}
