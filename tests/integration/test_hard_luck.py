@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from integration.project import Project
 from tuner.data.dataset import TrainingSet
 from tuner.errors import DataError
+from tuner.train import caching
 from tuner.train.loop import Loop
 from tuner.train.run import RunFolder
 
@@ -94,6 +96,26 @@ def test_a_file_of_the_same_size_and_time_is_looked_at_again(project: Project, c
     capsys.readouterr()
     assert project.tuner("cache", "--config", project.config()) == 0
     assert "1 encoded" in " ".join(capsys.readouterr().out.split()), "it is another content, and its records are made"
+
+
+def test_a_file_that_is_replaced_while_it_is_cached_has_no_record(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    ahead, clip = caching._ahead, Path("clips/amber.mp4")
+    right = clip.read_bytes()
+
+    def replaced(*arguments: Any) -> Any:
+        shutil.copyfile("clips/birch.mp4", clip)
+        return ahead(*arguments)
+
+    monkeypatch.setattr(caching, "_ahead", replaced)
+    project.tuner("cache", "--config", project.config())
+    shown = capsys.readouterr()
+    assert "was changed since it was examined" in shown.out + shown.err
+    monkeypatch.setattr(caching, "_ahead", ahead)
+    clip.write_bytes(right)
+    assert project.tuner("cache", "--config", project.config()) == 0
+    assert "1 encoded" in " ".join(capsys.readouterr().out.split())
 
 
 def test_epochs_on_the_command_line_take_the_place_of_steps_in_a_file(project: Project, capsys: Capture) -> None:

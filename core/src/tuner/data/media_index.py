@@ -1,4 +1,4 @@
-"""Remembers what was measured of each file, by size and modification time, so that a second start reads no clip again."""
+"""Remembers what was measured of each file, by its size and times, so that a second start reads no clip again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 from tuner.data.container import MediaFacts, probe
 
 log = logging.getLogger(__name__)
@@ -17,6 +19,8 @@ log = logging.getLogger(__name__)
 INDEX_VERSION = 2
 """Raised when the same file would give other facts."""
 INDEX_NAME = "media-index.json"
+CLOCKS = 2.0
+"""Seconds by which a file's clock may be behind this machine's."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,22 @@ class MediaIndex:
 
 def _name(path: Path) -> str:
     return hashlib.sha256(os.path.realpath(path).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def is_still(path: Path, content: str) -> bool:
+    """Whether a file has the content (its sha256) that it was examined with in this process or before it. False where it is gone.
+
+    It is read again only if something happened to it since this process began.
+    """
+    began = psutil.Process().create_time() - CLOCKS
+    try:
+        status = path.stat()
+        if max(status.st_mtime, status.st_ctime) < began:
+            return True
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == content
+    except OSError:
+        return False
 
 
 def _stamp(path: Path) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 
 from tuner.data.decode import decode_frames, decode_sound
 from tuner.data.manifest import Item, Manifest, Report
+from tuner.data.media_index import is_still
 from tuner.data.prefetch import Prefetcher
 from tuner.data.records import Place, RecordPlaces, SourceFile
 from tuner.data.workers import DecodeWorkers
@@ -210,7 +211,7 @@ def _ahead(
     ordered = dict(sorted(sources.items(), key=lambda pair: (_shape(pair[1], geometry), pair[1].content)))
     # Half of them with the workers, half with the thread.
     share = max(1, AHEAD // 2 // max(_bytes(source, geometry) for source in ordered.values()))
-    stream = _decode(encoder, ordered, geometry, workers, most=share)
+    stream = _examined(_decode(encoder, ordered, geometry, workers, most=share), ordered)
     try:
         with Prefetcher(lambda _: next(stream), depth=min(share, 64)) as decoded:
             try:
@@ -228,6 +229,20 @@ def _shape(source: SourceFile, geometry: Geometry) -> tuple[int, int, int, int]:
 def _bytes(source: SourceFile, geometry: Geometry) -> int:
     frames, height, width, samples = _shape(source, geometry)
     return 3 * frames * height * width + 4 * geometry.audio_channels * samples
+
+
+def _examined(decoded: Generator[Decoded], sources: Mapping[Item, SourceFile]) -> Generator[Decoded]:
+    """The same; a file that is another one than was examined has no record, which would have the other content's name for good."""
+    try:
+        for item, clip in decoded:
+            source = sources[item]
+            if source.content and not isinstance(clip, DataError) and not is_still(source.path, source.content):
+                problem = "was changed since it was examined"
+                yield item, DataError(problem, where=str(source.path), remedy="start again when the files stay as they are")
+            else:
+                yield item, clip
+    finally:
+        decoded.close()
 
 
 def _decode(
