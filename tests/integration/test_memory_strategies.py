@@ -268,7 +268,7 @@ def test_what_cannot_be_done_is_refused_at_planning(
 def test_host_memory_that_is_too_small_is_refused_at_planning(
     name: str, bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.train.plan.free_host_memory", lambda: 5_000_000)
+    monkeypatch.setattr("tuner.train.forecast.sizes.free_host_memory", lambda: 5_000_000)
     keys = STRATEGIES[name]
     words = [f"{next(iter(keys))}: ", "of host memory are needed", "5.0 MB are free", "8-bit base_model_precision"]
     assert_refused(bench.project, capsys, keys, 5, words)

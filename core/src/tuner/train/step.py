@@ -65,7 +65,7 @@ def _losses(
 ) -> StepResult:
     prediction = run.family.exit(run.model, after)
     seen = StepState(item.batch, item.noise, prediction, taps, step)
-    samples = len(item.batch.samples)
+    samples = len(next(iter(prediction.streams.values())))
     terms = tuple(_checked(term.name, term(seen), samples) for term in run.loss_terms)
     weighed: Sequence[LossValue] = terms
     for regularizer in run.regularizers:

@@ -150,7 +150,7 @@ def exact_facts(plan: Plan, world: int) -> dict[str, object]:
         values.pop("max_train_steps", None)
     libraries = {quantizer.distribution for quantizer in plan.memory.quantizers.values()} - {""}
     versions = {name: _version(name) for name in ("torch", "peft", *sorted(libraries))}
-    owners = {plan.registry.owner_of(options) for options in taking_part(plan)} | {BUILTINS}
+    owners = {plan.registry.owner_of(options) for options in taking_part(plan) if options.changes_numbers} | {BUILTINS}
     versions |= {p.name: p.version for p in plan.registry.plugins if p.name in owners}
     return {
         "settings": values,
