@@ -261,5 +261,5 @@ def _require_folders(entries: Sequence[DatasetEntry], where: str) -> None:
         lines = "".join(f"\n  entry {e.id!r}: {e.instance_data_dir}" for e in missing)
         raise DataError(
             f"these folders do not exist:{lines}", where=where,
-            remedy="mend instance_data_dir; relative paths start at the working directory",
+            remedy=f"mend {'--data' if where == 'data' else 'instance_data_dir'}; relative paths start at the working directory",
         )  # fmt: skip
